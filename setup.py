@@ -1,0 +1,47 @@
+"""What videomae_jax needs; tool settings are in pyproject.toml."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+setup(
+    name="videomae_jax",
+    version="0.1.0",
+    description="VideoMAE in JAX: self-supervised video pretraining on TPU pods, GPUs, or a laptop",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["videomae_jax", "videomae_jax.*"]),
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "absl-py>=2.1",
+        "av>=18",
+        "etils[epath]>=1.9",
+        "flax>=0.12.8,<0.13",
+        "grain>=0.2.18,<0.3",
+        "jax>=0.10.2,<0.13",
+        "jaxtyping>=0.3",
+        "ml-collections>=1.1",
+        "numpy>=2",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "pillow>=11",
+        "tensorboardX>=2.6.4",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+        "viz": ["tensorboard"],
+        "torch": ["torch", "transformers>=4.40", "safetensors>=0.4"],
+        "dev": [
+            "beartype>=0.19",
+            "hypothesis>=6.100",
+            "pyright[nodejs]>=1.1.390",
+            "pytest>=8",
+            "ruff>=0.9",
+            "safetensors>=0.4",
+        ],
+    },
+    entry_points={"console_scripts": ["videomae_jax = videomae_jax.cli:entry"]},
+)

@@ -1,0 +1,144 @@
+"""Numbers of the published code, on its small random model (see tests/conftest.py for the fixtures)."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from official import to_params
+from safetensors.numpy import load_file
+
+import videomae_jax as vm
+from videomae_jax import sharding
+from videomae_jax.models import masking, tubelets, vit
+from videomae_jax.training import optim, step
+
+TOLERANCE = 1e-4  # float32 against float32; reached: see docs/parity.md
+
+
+def relative_error(ours, theirs) -> float:
+    """Largest difference over the largest value of the expected tensor."""
+    theirs = np.asarray(theirs)
+    return float(np.abs(np.asarray(ours) - theirs).max() / max(np.abs(theirs).max(), 1e-12))
+
+
+@pytest.fixture(scope="module")
+def expected(golden):
+    return load_file(golden / "pretrain_expected.safetensors")
+
+
+@pytest.fixture(scope="module")
+def model(golden) -> vm.VideoMAE:
+    config = vm.VideoMAEConfig(
+        clip_size=(16, 64, 64),
+        tubelet=(2, 16, 16),
+        pixel_mean=(0.485, 0.456, 0.406),
+        pixel_std=(0.229, 0.224, 0.225),
+        encoder=vit.Stack(48, 3, 3, 192),
+        decoder=vit.Stack(32, 2, 2, 128),
+    )
+    params = to_params(load_file(golden / "pretrain_weights.safetensors"))
+    graphdef, state = nnx.split(vm.VideoMAE(config, rngs=nnx.Rngs(0)))
+    shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
+    assert jax.tree.map(jnp.shape, params) == shapes
+    return nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
+
+
+@pytest.fixture(scope="module")
+def video(expected):
+    return jnp.asarray(expected["video_u8"])
+
+
+@pytest.fixture(scope="module")
+def mask(expected):
+    return jnp.asarray(expected["mask"])
+
+
+def test_position_tables(expected):
+    for name, width in (("encoder_pos_embed", 48), ("decoder_pos_embed", 32)):
+        np.testing.assert_allclose(vit.position_table(128, width), expected[name][0], atol=1e-7)
+
+
+def test_encoder_output(model, expected, video, mask):
+    assert relative_error(model.encode(video, mask), expected["encoder_out"]) < TOLERANCE
+
+
+def test_prediction(model, expected, video, mask):
+    assert relative_error(model(video, mask), expected["prediction"]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "normalize"), [("target_normalized", True), ("target_pixels", False)])
+def test_target(expected, video, mask, name, normalize):
+    _, hidden = masking.from_mask(mask)
+    raw = tubelets.take(tubelets.patchify(video, (2, 16, 16)), hidden)
+    target = tubelets.reconstruction_target(raw, 3, normalize)
+    assert relative_error(target, expected[name]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "normalize"), [("loss", True), ("loss_pixels", False)])
+def test_loss(model, expected, video, mask, name, normalize):
+    assert relative_error(model.loss(video, mask, normalize), expected[name]) < TOLERANCE
+
+
+def loss_of(model, video, mask):
+    """The training loss as a function of the parameter tree, and that tree."""
+    graphdef, params = nnx.split(model)
+    visible, hidden = masking.from_mask(mask)
+
+    def loss(params, _batch, _root):
+        merged = nnx.merge(graphdef, params)
+        return merged.clip_losses(video, visible, hidden, True, "mse").mean()
+
+    return loss, nnx.to_pure_dict(params)
+
+
+def expected_tree(expected, prefix):
+    """The tensors named PREFIX/..., in our layout."""
+    return to_params({k[len(prefix) :]: v for k, v in expected.items() if k.startswith(prefix)})
+
+
+def worst_leaf(ours, theirs) -> tuple[float, str]:
+    """The largest relative error over all leaves, and the leaf's name."""
+    errors = jax.tree_util.tree_map_with_path(
+        lambda path, a, b: (relative_error(a, b), sharding.path_name(path)), ours, theirs
+    )
+    return max(jax.tree.leaves(errors, is_leaf=lambda e: isinstance(e, tuple)))
+
+
+def test_every_gradient(model, expected, video, mask):
+    loss, params = loss_of(model, video, mask)
+    grads = jax.jit(jax.grad(loss))(params, None, None)
+    error, name = worst_leaf(grads, expected_tree(expected, "grad/"))
+    assert error < TOLERANCE, name
+
+
+def test_three_adamw_steps(model, expected, video, mask, golden):
+    recipe = json.loads((golden / "meta.json").read_text())["pretrain"]
+    rates = jnp.array(recipe["lr_per_step"])
+    tx = optim.adamw(tuple(recipe["betas"]), recipe["eps"], recipe["weight_decay"], clip_norm=0.0)
+    loss, params = loss_of(model, video, mask)
+    mesh = sharding.make_mesh(-1, 1, 1)
+    state = step.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    train_step = step.make_train_step(
+        loss, tx, lambda i: rates[i], mesh, sharding.state_sharding(mesh, state)
+    )
+    batch = {"weight": jnp.ones(8)}
+    losses = []
+    for _ in range(3):
+        state, metrics = train_step(state, batch, jax.random.key(0))
+        losses.append(metrics["loss"])
+    assert relative_error(losses, expected["losses_3_steps"]) < TOLERANCE
+    error, name = worst_leaf(state.params, expected_tree(expected, "after3/"))
+    assert error < TOLERANCE, name
+
+
+def test_decay_groups(model, golden):
+    recipe = json.loads((golden / "meta.json").read_text())["pretrain"]
+    decayed = {name: np.float32(g["weight_decay"] > 0) for name, g in recipe["param_groups"].items()}
+    weights = load_file(golden / "pretrain_weights.safetensors")
+    theirs = to_params({k: np.broadcast_to(decayed[k], v.shape) for k, v in weights.items()})
+    ours = optim.decay_mask(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(b, np.float32(a)), ours, theirs)
+    assert 0 < sum(jax.tree.leaves(ours)) < len(jax.tree.leaves(ours))

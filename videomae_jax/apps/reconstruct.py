@@ -1,0 +1,237 @@
+"""Pictures of what a masked autoencoder reconstructs: original | masked | reconstructed."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image, ImageDraw, ImageFont
+
+from videomae_jax.config import UserError
+from videomae_jax.data import augment, decode, sampling
+from videomae_jax.evaluation import reconstruction
+from videomae_jax.interop import export
+from videomae_jax.models import masking, tubelets
+from videomae_jax.models.mae import VideoMAE
+
+SUFFIXES = (".gif", ".mp4", ".png")
+_LABELS = {
+    "true": "reconstructed (true statistics)",
+    "visible": "reconstructed (visible statistics)",
+    "raw": "reconstructed (raw prediction)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Panels:
+    """Clips before and after, uint8 [B, T, H, W, 3], and mean squared errors per clip over hidden voxels.
+
+    Attributes:
+        errors: "hidden" (the model), "mean" and "nearest_visible" (needing no learning), each [B], of
+            pixels in 0..1 shown in the same statistics mode.
+    """
+
+    original: np.ndarray
+    masked: np.ndarray
+    reconstructed: np.ndarray
+    statistics: str
+    errors: dict[str, np.ndarray]
+
+    def psnr(self) -> dict[str, float]:
+        """PSNR in dB over the hidden voxels of all clips: psnr_hidden, psnr_mean, psnr_nearest_visible."""
+        return {f"psnr_{name}": reconstruction.psnr(float(e.mean())) for name, e in self.errors.items()}
+
+    def first(self, count: int) -> "Panels":
+        """The first `count` clips."""
+        return Panels(
+            self.original[:count],
+            self.masked[:count],
+            self.reconstructed[:count],
+            self.statistics,
+            {name: e[:count] for name, e in self.errors.items()},
+        )
+
+
+def reconstruct(
+    model: VideoMAE,
+    video: np.ndarray,
+    visible: jax.Array,
+    hidden: jax.Array,
+    normalize_target: bool,
+    statistics: str,
+) -> Panels:
+    """Reconstructs uint8 clips [B, T, H, W, 3] from their visible tubelets.
+
+    Args:
+        normalize_target: what the model was trained to predict.
+        statistics: where mean and contrast of hidden tubelets come from, see `evaluation.reconstruction`.
+
+    Raises:
+        ValueError: a statistics mode that does not fit the target, or a video that does not fit the model.
+    """
+    graphdef, params = nnx.split(model)
+    images, errors = _reconstruct(
+        graphdef, params, jnp.asarray(video), visible, hidden, normalize_target, statistics
+    )
+    masked, filled = (np.rint(np.clip(np.asarray(x), 0, 1) * 255).astype(np.uint8) for x in images)
+    errors = {name: np.asarray(error) for name, error in errors.items()}
+    return Panels(np.asarray(video), masked, filled, statistics, errors)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+def _reconstruct(graphdef, params, video, visible, hidden, normalize_target, statistics):
+    model: VideoMAE = nnx.merge(graphdef, params)
+    tubelet, channels = model.config.tubelet, model.config.channels
+    _, t, h, w, _ = video.shape
+    grid = tubelets.grid_of((t, h, w), tubelet)
+    raw = tubelets.patchify(video, tubelet)
+    raw_visible, raw_hidden = tubelets.take(raw, visible), tubelets.take(raw, hidden)
+    nearest = reconstruction.nearest_visible(visible, hidden, grid)
+
+    def show(values):
+        return reconstruction.to_pixels(
+            values, raw_hidden, raw_visible, nearest, channels, normalize_target, statistics
+        )
+
+    truth = show(tubelets.reconstruction_target(raw_hidden, channels, normalize_target))
+    guesses = {"hidden": model.predict(video, visible, hidden)}
+    guesses |= reconstruction.trivial_predictions(raw_visible, nearest, channels, normalize_target)
+    pixels = {name: show(values) for name, values in guesses.items()}
+    errors = {n: reconstruction.squared_errors(p, truth) for n, p in pixels.items()}
+    back = jnp.argsort(jnp.concatenate([visible, hidden], axis=1), axis=1)
+
+    def picture(filling):
+        tokens = jnp.concatenate([raw_visible / 255, filling], axis=1)
+        return tubelets.unpatchify(tubelets.take(tokens, back), grid, tubelet)
+
+    return (picture(jnp.full_like(truth, 0.5)), picture(pixels["hidden"])), errors
+
+
+def draw(panels: Panels, names: list[str], png: bool) -> np.ndarray:
+    """Lays clips out for the eye: uint8 [T, height, width, 3]; with `png` one sheet of up to 8 frames.
+
+    Moving pictures have a row per clip and a column per kind; the sheet a row per clip and kind and a
+    column per frame. Small clips are enlarged by a whole factor.
+    """
+    kinds = (panels.original, panels.masked, panels.reconstructed)
+    labels = ("original", "masked", _LABELS[panels.statistics])
+    _, frames, height, _, _ = panels.original.shape
+    scale = max(1, round((96 if png else 224) / height))
+    kinds = tuple(k.repeat(scale, axis=2).repeat(scale, axis=3) for k in kinds)
+    gap, text = 4, 18
+    if png:
+        chosen = np.unique(np.linspace(0, frames - 1, min(frames, 8)).round().astype(int))
+        sheets = [
+            _stack([_stack(list(kind[clip][chosen]), axis=1, gap=gap)[None] for kind in kinds], gap)
+            for clip in range(len(panels.original))
+        ]
+        return _titled(sheets, names, [f"rows: {', '.join(labels)}"], text, gap)
+    rows = [_stack([kind[clip] for kind in kinds], gap, axis=2) for clip in range(len(panels.original))]
+    return _titled(rows, names, list(labels), text, gap)
+
+
+def _stack(images: list[np.ndarray], gap: int, axis: int = 1) -> np.ndarray:
+    """Joins images along an axis with white gaps."""
+    shape = list(images[0].shape)
+    shape[axis] = gap
+    blank = np.full(shape, 255, np.uint8)
+    joined = [part for image in images for part in (image, blank)][:-1]
+    return np.concatenate(joined, axis=axis)
+
+
+def _titled(rows: list[np.ndarray], names: list[str], labels: list[str], text: int, gap: int) -> np.ndarray:
+    """Puts column labels above and each clip's name above its row; all frames alike."""
+    frames, _, width, _ = rows[0].shape
+    parts = [_caption(labels, width, text)]
+    for name, row in zip(names, rows, strict=False):
+        parts += [_caption([name], width, text), row]
+    parts = [np.broadcast_to(p, (frames, *p.shape[-3:])) for p in parts]
+    out = _stack(parts, gap)
+    return np.pad(out, ((0, 0), (0, out.shape[1] % 2), (0, out.shape[2] % 2), (0, 0)))
+
+
+def _caption(texts: list[str], width: int, height: int) -> np.ndarray:
+    image = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(image)
+    for column, text in enumerate(texts):
+        place = (column * width // len(texts) + 2, 1)
+        pen.text(place, text, "black", font=ImageFont.load_default(height - 6))
+    return np.asarray(image)[None]
+
+
+def write(panels: Panels, names: list[str], path: pathlib.Path, fps: float = 8) -> None:
+    """Draws panels into a .gif, .mp4 or .png file.
+
+    Raises:
+        UserError: another suffix.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path} has an unknown suffix: use {', '.join(SUFFIXES)}")
+    frames = draw(panels, names, png=path.suffix.lower() == ".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() == ".mp4":
+        decode.write_video(path, frames, fps=round(fps))
+        return
+    images = [Image.fromarray(frame) for frame in frames]
+    if path.suffix.lower() == ".png":
+        images[0].save(path)
+    else:
+        later = {"save_all": True, "append_images": images[1:], "loop": 0}
+        images[0].save(path, duration=round(1000 / fps), **later)
+
+
+def run(
+    video: str,
+    checkpoint: str,
+    out: str,
+    *,
+    statistics: str,
+    mask: str,
+    mask_ratio: float,
+    stride: int,
+    start: float,
+    seed: int,
+) -> Panels:
+    """Draws one clip of a video file as a model reconstructs it.
+
+    Args:
+        statistics: "" takes "true" for a model trained on normalised tubelets and "raw" for one on pixels.
+        mask, mask_ratio, stride: "" or 0 takes what the model was trained with.
+        start: seconds into the video at which the clip begins; negative: the clip is the middle of the video.
+        seed: of the mask.
+
+    Raises:
+        UserError: an unknown file type, or a setting that the model's recipe does not give.
+        DecodeError: the video cannot be decoded.
+        ExportError: `checkpoint` holds no model.
+    """
+    path = pathlib.Path(out)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out={out} has an unknown suffix: use {', '.join(SUFFIXES)}")
+    recipe = {"normalize_target": True, **export.read_metadata(checkpoint)["recipe"]}
+    given = {"mask": mask, "mask_ratio": mask_ratio, "stride": stride}
+    recipe |= {name: value for name, value in given.items() if value}
+    missing = [name for name in given if name not in recipe]
+    if missing:
+        raise UserError(f"{checkpoint} does not say how it was trained: give --{missing[0]}")
+    model = export.load(checkpoint)
+    frames, height, width = model.config.clip_size
+    with decode.Video(video) as opened:
+        first, left = 0, opened.num_frames
+        if start >= 0:
+            first = opened.index_at(start)
+            left = min(opened.num_frames - first, frames * recipe["stride"])
+        wanted = first + sampling.pretrain_clip(left, frames, recipe["stride"], None)
+        clip = augment.centre_crop(opened.read(wanted), (height, width))
+        fps = opened.fps / recipe["stride"] or 8.0
+    keys = jax.random.split(jax.random.key(seed), 1)
+    visible, hidden = masking.indices(keys, recipe["mask"], model.config.grid, recipe["mask_ratio"])
+    default = "true" if recipe["normalize_target"] else "raw"
+    panels = reconstruct(
+        model, clip[None], visible, hidden, recipe["normalize_target"], statistics or default
+    )
+    write(panels, [pathlib.Path(video).name], path, fps=min(max(fps, 2.0), 30.0))
+    return panels

@@ -1,0 +1,157 @@
+"""The command line: parses flags, runs one command, and turns user errors into one line and status 2."""
+
+import os
+import pathlib
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+_USAGE = """usage: python -m videomae_jax COMMAND [--flag=value ...]
+
+  train        --config=configs/small.py --workdir=DIR     train any task; resumes by itself
+  reconstruct  VIDEO --checkpoint=PATH --out=FILE          picture of a masked clip (.gif, .mp4, .png)
+
+COMMAND --help lists its flags; --debug shows the traceback of an error."""
+
+
+def _train(values: Any, _arguments: list[str], started: float) -> None:
+    _compile_cache()
+    from videomae_jax.training import loop
+
+    loop.run(values.config, pathlib.Path(values.workdir), started)
+
+
+def _train_flags(values: flags.FlagValues) -> None:
+    config_flags.DEFINE_config_file(
+        "config", None, "Settings: FILE.py or FILE.py:name=value,...", flag_values=values
+    )
+    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+    _require(values, "config", "workdir")
+
+
+def _reconstruct(values: Any, arguments: list[str], _started: float) -> None:
+    _compile_cache()
+    from videomae_jax.apps import reconstruct
+
+    names = ("statistics", "mask", "mask_ratio", "stride", "start", "seed")
+    panels = reconstruct.run(
+        arguments[0],
+        values.checkpoint,
+        values.out,
+        **{name: getattr(values, name) for name in names},
+    )
+    figures = "  ".join(f"{name} {value:.2f} dB" for name, value in panels.psnr().items())
+    print(f"{values.out}: {panels.statistics} statistics  {figures}")
+
+
+def _reconstruct_flags(values: flags.FlagValues) -> None:
+    define = flags.DEFINE_string
+    define("checkpoint", None, "Export, checkpoint or work folder.", flag_values=values)
+    define("out", None, "Picture to write: .gif, .mp4 or .png.", flag_values=values)
+    help_text = "Mean and contrast of hidden tubelets: true, visible or raw; default by the model."
+    define("statistics", "", help_text, flag_values=values)
+    define("mask", "", "tube, random or frame; default as trained.", flag_values=values)
+    help_text = "Share of places hidden; default as trained."
+    flags.DEFINE_float("mask_ratio", 0.0, help_text, flag_values=values)
+    flags.DEFINE_integer("stride", 0, "Frames between frames; default as trained.", flag_values=values)
+    help_text = "Seconds into the video; default: its middle."
+    flags.DEFINE_float("start", -1.0, help_text, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of the mask.", flag_values=values)
+    _require(values, "checkpoint", "out")
+
+
+def _require(values: flags.FlagValues, *names: str) -> None:
+    for name in names:
+        flags.mark_flag_as_required(name, flag_values=values)
+
+
+# command: (define its flags, names of its arguments, run it)
+_COMMANDS: dict[str, tuple[Callable, Sequence[str], Callable]] = {
+    "train": (_train_flags, (), _train),
+    "reconstruct": (_reconstruct_flags, ("VIDEO",), _reconstruct),
+}
+
+
+def _compile_cache() -> None:
+    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache."""
+    import jax
+
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = os.path.join(cache, "videomae_jax", "compiled")
+        jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    from videomae_jax.config import UserError
+    from videomae_jax.data.decode import DecodeError
+    from videomae_jax.data.sources import SourceError
+    from videomae_jax.interop.export import ExportError
+
+    return UserError, DecodeError, SourceError, ExportError
+
+
+def main(argv: Sequence[str], started: float) -> int:
+    """Runs one command; returns its exit status: 0, 1 (it failed) or 2 (the user can mend it)."""
+    if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
+        print(_USAGE)
+        return 0 if len(argv) > 1 else 2
+    if argv[1] not in _COMMANDS:
+        return _complain(f"unknown command {argv[1]!r}: use {' or '.join(_COMMANDS)}")
+    define, names, command = _COMMANDS[argv[1]]
+    values = flags.FlagValues()
+    flags.DEFINE_bool("debug", False, "Show tracebacks.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
+    define(values)
+    if {"--help", "-h"} & set(argv):
+        print(f"{_USAGE.splitlines()[0]}\n\n{argv[1]} {' '.join(names)}\n{values.get_help()}")
+        return 0
+    flags.FLAGS.mark_as_parsed()  # Grain reads absl's global flags
+    debug = any(flag in argv for flag in ("--debug", "--debug=true"))
+    try:
+        arguments = values([argv[0], *argv[2:]])[1:]
+        if len(arguments) != len(names):
+            expected = " ".join(names) or "no argument"
+            return _complain(f"{argv[1]} takes {expected}, not {' '.join(arguments) or 'none'}")
+        command(values, arguments, started)
+    except KeyboardInterrupt:
+        return _complain("interrupted: the same command resumes from the last checkpoint", 130)
+    except (flags.Error, *_user_errors()) as error:
+        if debug:
+            traceback.print_exc()
+        return _complain(str(error))
+    except Exception as error:
+        return _explain(error, debug)
+    return 0
+
+
+def _explain(error: Exception, debug: bool) -> int:
+    """One line for what is not known to be the user's; config files raise what they like."""
+    if debug:
+        traceback.print_exc()
+        return 1
+    frames = traceback.extract_tb(error.__traceback__)
+    in_config = any("config_flags" in frame.filename for frame in frames)
+    if in_config and isinstance(error, AttributeError | KeyError | TypeError | ValueError | OSError):
+        return _complain(f"--config: {error}")
+    if isinstance(error, OSError):
+        return _complain(str(error))
+    return _complain(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _complain(text: str, status: int = 2) -> int:
+    print("videomae_jax: " + " ".join(text.split()), file=sys.stderr)
+    return status
+
+
+def entry(started: float | None = None) -> None:
+    """The console script."""
+    status = main(sys.argv, time.time() if started is None else started)
+    sys.stdout.flush()
+    sys.exit(status)

@@ -1,0 +1,178 @@
+"""The one tree of settings: `defaults()` names every key with its unit, config files only edit them."""
+
+import dataclasses
+import re
+from typing import Any
+
+import ml_collections
+
+Config = Any
+"""An `ml_collections.ConfigDict`, whose keys type checkers cannot see."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class UserError(Exception):
+    """Something only the user can put right: shown as one line, exit status 2."""
+
+
+def defaults() -> Config:
+    """Every setting there is, locked: editing a key that does not exist raises."""
+    c: Config = ml_collections.ConfigDict()
+    c.task = "pretrain"
+    c.seed = 0  # of initialisation, data order, augmentation, masks
+
+    c.model = ml_collections.ConfigDict()
+    c.model.tubelet = (2, 16, 16)  # voxels (t, p, p)
+    c.model.encoder = dict(width=768, depth=12, num_heads=12, mlp_dim=3072)
+    c.model.decoder = dict(width=384, depth=4, num_heads=6, mlp_dim=1536)
+    c.model.pixel_mean = IMAGENET_MEAN  # per channel, of pixels in 0..1
+    c.model.pixel_std = IMAGENET_STD
+    c.model.position_resize = "recompute"  # table for other clip sizes: recompute | interpolate
+    c.model.norm_epsilon = 1e-6
+    c.model.layer_scale = 0.0  # initial factor; 0: none
+    c.model.drop_path = 0.0  # largest rate, of the last block
+    c.model.dtype = "auto"  # of matmuls: float32 | bfloat16 | auto (bfloat16 on GPU and TPU)
+    c.model.unroll = 1  # blocks per loop iteration; the depth: fastest step, slowest compile
+    c.model.remat = False  # recompute activations in the backward pass: less memory, more time
+
+    c.mask = ml_collections.ConfigDict()
+    c.mask.kind = "tube"  # tube | random | frame
+    c.mask.ratio = 0.9  # share of places hidden
+
+    c.loss = ml_collections.ConfigDict()
+    c.loss.kind = "mse"  # mse | l1 | smooth_l1
+    c.loss.normalize_target = True  # per tubelet and channel; False: pixels in 0..1
+
+    c.data = ml_collections.ConfigDict()
+    c.data.path = ""  # folder of videos, CSV list, or moving_shapes
+    c.data.frames = 16  # per clip
+    c.data.stride = 4  # frames of the file from one frame of the clip to the next
+    c.data.size = (224, 224)  # clip height and width, pixels
+    c.data.batch_size = 256  # clips per step, over all hosts
+    c.data.held_out = 16  # videos kept for the pictures, at most a tenth; unless there is a validation folder
+    c.data.max_bad_fraction = 0.001  # of the set's videos that may fail to decode before the run stops
+    c.data.workers = 0  # loader processes per host; 0: threads only
+    c.data.threads = 2  # loader threads per process
+    c.data.generate = dict(size=64, frames=32, videos=2048, seed=0)  # of moving_shapes
+
+    c.optim = ml_collections.ConfigDict()
+    c.optim.unit = "epochs"  # of duration, warmup, checkpoint.every and keep_every: epochs | steps
+    c.optim.duration = 800
+    c.optim.warmup = 40
+    c.optim.lr = 1.5e-4  # per 256 clips: the rate used is lr * batch_size / 256
+    c.optim.min_lr = 1e-5  # per 256 clips, likewise
+    c.optim.betas = (0.9, 0.95)
+    c.optim.epsilon = 1e-8
+    c.optim.weight_decay = 0.05
+    c.optim.clip_norm = 0.0  # limit on the global gradient norm; 0: none
+    c.optim.max_skipped = 20  # steps in a row without a usable gradient before the run stops
+
+    c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1: all that are left
+
+    c.checkpoint = ml_collections.ConfigDict()
+    c.checkpoint.every = 20  # in optim.unit
+    c.checkpoint.keep_last = 2  # checkpoints
+    c.checkpoint.keep_every = 0  # in optim.unit: these are kept for ever; 0: none
+
+    c.log = ml_collections.ConfigDict()
+    c.log.steps = 10  # steps from one logged step to the next
+    c.log.pictures = 4  # held-out clips drawn at the end
+    c.log.statistics = "true"  # of those pictures: true | visible | raw (pixel targets: raw only)
+    return c.lock()
+
+
+# What may differ when a work folder is resumed: nothing that a result depends on.
+_FREE_KEYS = re.compile(
+    r"(log|checkpoint|mesh)\..*"
+    r"|model\.(dtype|unroll|remat)"
+    r"|data\.(workers|threads|max_bad_fraction)"
+    r"|optim\.max_skipped"
+)
+
+
+def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": ..., ...} for comparing and printing."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict | dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Lines "key: old -> new" for the settings that a result depends on."""
+    a, b = flatten(old), flatten(new)
+    return [
+        f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key, "absent") != b.get(key, "absent") and not _FREE_KEYS.fullmatch(key)
+    ]
+
+
+def parse_arg(arg: str | None, **known: str) -> Config:
+    """The part after the colon of `--config=FILE:size=base,data=PATH`, over defaults `known`.
+
+    Raises:
+        UserError: a name that is not among `known`, or text that is not name=value.
+    """
+    values = dict(known)
+    for item in re.split(r",(?=\w+=)", arg) if arg else []:
+        name, equals, value = item.partition("=")
+        if not equals or name not in known:
+            usage = ",".join(f"{name}={value or '...'}" for name, value in known.items())
+            raise UserError(f"config argument {item!r} is not understood: use {usage}")
+        values[name] = value
+    return ml_collections.ConfigDict(values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What `finalize` derives: steps, and learning rates after the batch-256 rule."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    checkpoint_steps: int
+    keep_steps: int
+    peak_lr: float
+    end_lr: float
+
+
+def finalize(config: Config, num_videos: int) -> Schedule:
+    """Turns epochs into steps and scales the learning rates, once; an epoch is floor(videos / batch) steps.
+
+    Raises:
+        UserError: an unknown unit, a duration without a step, or a warm-up that outlasts it.
+    """
+    optim, batch_size = config.optim, config.data.batch_size
+    if optim.unit not in ("epochs", "steps"):
+        raise UserError(f"optim.unit={optim.unit!r} is unknown: use epochs or steps")
+    per_epoch = num_videos // batch_size
+    if optim.unit == "epochs" and per_epoch == 0:
+        raise UserError(
+            f"data.batch_size={batch_size} is more than the {num_videos} videos of an epoch: lower it, or "
+            f"count in steps (--config.optim.unit=steps)"
+        )
+    unit = per_epoch if optim.unit == "epochs" else 1
+    total, warmup = int(optim.duration * unit), int(optim.warmup * unit)
+    if not 0 <= warmup <= total or total == 0:
+        raise UserError(
+            f"optim.warmup={optim.warmup} and optim.duration={optim.duration} {optim.unit} give {warmup} of "
+            f"{total} steps: the duration must be positive and not below the warm-up"
+        )
+    if total * batch_size >= 2**32:
+        raise UserError(f"{total} steps of {batch_size} clips pass the limit of 2^32 clips in a run")
+    scale = batch_size / 256
+    return Schedule(
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        warmup_steps=warmup,
+        checkpoint_steps=max(int(config.checkpoint.every * unit), 1),
+        keep_steps=int(config.checkpoint.keep_every * unit),
+        peak_lr=optim.lr * scale,
+        end_lr=optim.min_lr * scale,
+    )

@@ -1,0 +1,157 @@
+"""The generated data set: real H.264 files of textured shapes that move over a moving background.
+
+Eight motion classes in four time-reversed pairs, so no single frame tells a class: places, sizes, shapes,
+colours and the background's own motion are drawn alike for all of them. Everything follows from a seed.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import shutil
+
+import numpy as np
+
+from videomae_jax.data import decode
+
+CLASSES = ("anticlockwise", "clockwise", "down", "grow", "left", "right", "shrink", "up")
+_FPS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class MovingShapes:
+    """What to generate.
+
+    Attributes:
+        size: height and width in pixels, even.
+        frames: frames per video.
+        videos: training videos; validation and test have an eighth of it each.
+        seed: everything is a function of it.
+    """
+
+    size: int
+    frames: int
+    videos: int
+    seed: int
+
+    def splits(self) -> dict[str, int]:
+        """Videos per split."""
+        held = max(self.videos // 8, len(CLASSES))
+        return {"train": self.videos, "validation": held, "test": held}
+
+
+def render(spec: MovingShapes, motion: str, rng: np.random.Generator) -> np.ndarray:
+    """One video of class `motion`, uint8 RGB [frames, size, size, 3]."""
+    size = float(spec.size)
+    y, x = np.mgrid[0 : spec.size, 0 : spec.size].astype(np.float32)[:, None]  # each [1, H, W]
+    time = np.linspace(-0.5, 0.5, spec.frames, dtype=np.float32)[:, None, None]
+    # 32 frames move a shape by a third to two thirds of the frame, whatever its size in pixels.
+    span = spec.frames / 32
+    drift = rng.uniform(-0.35, 0.35, 2).astype(np.float32) * size * span
+    image = _texture(y - drift[0] * time, x - drift[1] * time, size, rng, waves=(0.7, 2.0))
+    for _ in range(rng.integers(2, 4)):
+        centre_y, centre_x, radius = _trajectory(motion, time, size, span, rng)
+        dy = (y - centre_y + size / 2) % size - size / 2
+        dx = (x - centre_x + size / 2) % size - size / 2
+        inside = np.clip(0.5 - _distance(dy, dx, radius, rng), 0, 1)[..., None]
+        paint = _texture(dy / radius * size / 4, dx / radius * size / 4, size, rng, (1.0, 2.5))
+        image = image + inside * (paint - image)
+    return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
+
+
+def _trajectory(
+    motion: str, time: np.ndarray, size: float, span: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Centre (y, x) and radius over time in pixels; reversing time swaps the classes of a pair.
+
+    Places and radii wrap around, so each is equally likely at every time and in every class.
+    """
+    y, x = rng.uniform(0, size), rng.uniform(0, size)
+    phase = rng.uniform(0, 1)
+    way = rng.uniform(0.35, 0.65) * size * span * time
+    turn = rng.uniform(0, 2 * np.pi) + rng.uniform(0.6, 1.0) * 2 * np.pi * span * time
+    swing = rng.uniform(0.12, 0.22) * size
+    still = np.zeros_like(time)
+    change = {"grow": 0.6, "shrink": -0.6}.get(motion, 0.0) * span * time
+    radius = (0.14 + 0.12 * ((phase + change) % 1)) * size
+    if motion in ("left", "right"):
+        return y + still, x + (way if motion == "right" else -way), radius
+    if motion in ("up", "down"):
+        return y + (way if motion == "down" else -way), x + still, radius
+    if motion in ("clockwise", "anticlockwise"):
+        turn = turn if motion == "clockwise" else -turn
+        return y + swing * np.sin(turn), x + swing * np.cos(turn), radius
+    return y + still, x + still, radius
+
+
+def _distance(dy: np.ndarray, dx: np.ndarray, radius: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Signed distance in pixels to a disc, a square or a diamond; negative inside."""
+    shape = rng.integers(3)
+    if shape == 0:
+        return np.hypot(dy, dx) - radius
+    if shape == 1:
+        return np.maximum(np.abs(dy), np.abs(dx)) - radius * 0.9
+    return (np.abs(dy) + np.abs(dx) - radius * 1.3) / math.sqrt(2)
+
+
+def _texture(
+    y: np.ndarray, x: np.ndarray, size: float, rng: np.random.Generator, waves: tuple[float, float]
+) -> np.ndarray:
+    """Smooth two-colour waves at the given coordinates, float [T, H, W, 3]; `waves` per frame width."""
+    angle, phase = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi)
+    number = rng.uniform(*waves) * 2 * np.pi / size
+    wave = np.sin(number * (math.sin(angle) * y + math.cos(angle) * x) + phase)[..., None]
+    first, second = rng.uniform(0.05, 0.95, (2, 3)).astype(np.float32)
+    return (first + second) / 2 + wave * ((first - second) / 2)
+
+
+def _write(spec: MovingShapes, folder: str, split: str, number: int) -> None:
+    """Renders and encodes video `number` of a split; its class is number modulo the classes."""
+    motion = CLASSES[number % len(CLASSES)]
+    rng = np.random.default_rng([spec.seed, list(spec.splits()).index(split), number])
+    path = pathlib.Path(folder, split, motion, f"{number:06d}.mp4")
+    decode.write_video(path, render(spec, motion, rng), _FPS)
+
+
+def _write_part(spec: MovingShapes, folder: str, part: int, parts: int) -> None:
+    every = [(split, i) for split, videos in spec.splits().items() for i in range(videos)]
+    for split, number in every[part::parts]:
+        _write(spec, folder, split, number)
+
+
+def generate(spec: MovingShapes, cache: str | os.PathLike, processes: int) -> pathlib.Path:
+    """Returns the folder with the videos, in SPLIT/CLASS/NUMBER.mp4; generates it where it is not cached.
+
+    A folder appears only when it is whole; one interrupted is begun anew.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    name = hashlib.sha256(json.dumps(dataclasses.asdict(spec)).encode()).hexdigest()[:12]
+    folder = pathlib.Path(cache, f"moving_shapes-{name}")
+    if folder.is_dir():
+        return folder
+    partial = folder.with_suffix(f".partial-{os.getpid()}")
+    try:
+        for split in spec.splits():
+            for motion in CLASSES:
+                (partial / split / motion).mkdir(parents=True)
+        # Spawned, not forked: the parent may run threads of JAX.
+        context = multiprocessing.get_context("spawn")
+        parts = 8 * processes
+        with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
+            jobs = [pool.submit(_write_part, spec, str(partial), i, parts) for i in range(parts)]
+            for job in jobs:
+                job.result()
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder

@@ -1,0 +1,1 @@
+"""How good a model is: arrays and sums in, numbers out."""

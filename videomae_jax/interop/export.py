@@ -1,0 +1,107 @@
+"""The Orbax export, one folder with a model's parameters and what is needed to use them.
+
+    FOLDER/params/   the parameter tree (Orbax, float32)
+    FOLDER/meta/     JSON: format, kind, model (VideoMAEConfig), recipe (masking, target, sampling; may be {})
+
+A training checkpoint has the same two items beside its optimizer, so it can be loaded as it is.
+"""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
+
+FORMAT = 1
+
+
+class ExportError(ValueError):
+    """A folder that is no export, or one that this version cannot read."""
+
+
+def metadata(config: VideoMAEConfig, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The `meta` item of an export or checkpoint."""
+    return {"format": FORMAT, "kind": "VideoMAE", "model": config.to_dict(), "recipe": recipe}
+
+
+def save(model: VideoMAE, path: str | os.PathLike, recipe: dict[str, Any] | None = None) -> None:
+    """Writes `model` as an Orbax export; the folder appears only when it is whole.
+
+    Args:
+        recipe: how the model was trained, kept beside it: `mask`, `mask_ratio`, `normalize_target`,
+            `stride`. `reconstruct` takes its defaults from it.
+
+    Raises:
+        ExportError: the folder exists.
+    """
+    folder = pathlib.Path(path).absolute()
+    if folder.exists():
+        raise ExportError(f"{folder} exists: choose another path or remove it")
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(
+            folder,
+            ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                meta=ocp.args.JsonSave(metadata(model.config, recipe or {})),
+            ),
+        )
+
+
+def find(path: str | os.PathLike) -> pathlib.Path:
+    """The folder with `params` and `meta` that `path` means: an export, a checkpoint, or a work folder.
+
+    A work folder means its newest checkpoint.
+
+    Raises:
+        ExportError: it is none of these.
+    """
+    folder = pathlib.Path(path).absolute()
+    steps = [d for parent in (folder / "checkpoints", folder) for d in parent.glob("[0-9]*") if d.is_dir()]
+    finished = [d for d in steps if d.name.isdigit() and (d / "meta" / "metadata").is_file()]
+    found = max(finished, key=lambda d: int(d.name), default=folder)
+    if not (found / "meta" / "metadata").is_file():
+        raise ExportError(
+            f"{folder} holds no model: pass an export made by videomae_jax.save, a checkpoint, or the work "
+            f"folder of a run that has saved one"
+        )
+    return found
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """The `meta` item of an export, checkpoint or work folder.
+
+    Raises:
+        ExportError: there is none, or its format or kind is unknown to this version.
+    """
+    folder = find(path)
+    meta = json.loads((folder / "meta" / "metadata").read_text())
+    if meta.get("format") != FORMAT or meta.get("kind") != "VideoMAE":
+        raise ExportError(
+            f"{folder} has format {meta.get('format')} and kind {meta.get('kind')}; this version reads "
+            f"format {FORMAT}, kind VideoMAE: install the version that wrote it"
+        )
+    return meta
+
+
+def load(path: str | os.PathLike) -> VideoMAE:
+    """Reads a model from an Orbax export, a checkpoint, or the newest checkpoint of a work folder.
+
+    Raises:
+        ExportError: see `read_metadata`.
+    """
+    config = VideoMAEConfig.from_dict(read_metadata(path)["model"])
+    abstract = nnx.eval_shape(lambda: VideoMAE(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), nnx.to_pure_dict(state)
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(find(path) / "params", shapes)
+    return nnx.merge(graphdef, params)

@@ -1,0 +1,98 @@
+"""Checkpoints of a run: saved in the background, whole or not at all, restored where the mesh wants them."""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from videomae_jax.config import UserError
+from videomae_jax.training.step import TrainState
+
+
+class Checkpoints:
+    """WORKDIR/checkpoints/STEP with the items `params`, `optimizer` (and step), and `meta` (JSON).
+
+    Args:
+        keep_last: how many of the newest to keep.
+        keep_every: keep those of every so many steps for ever; 0: none.
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep_last: int, keep_every: int):
+        self.folder = workdir.absolute() / "checkpoints"
+        policies: list[Any] = [checkpoint_managers.LatestN(keep_last)]
+        if keep_every:
+            policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step; None without one."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Starts to save `state`; a failure of the save before surfaces here.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        step = int(state.step)
+        if step == self.latest_step:
+            return
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+            )
+        except Exception as error:  # Orbax and TensorStore have no common error for a full disk
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Returns when all that was saved is complete on disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> UserError:
+        reason = str(error).strip().split("\n")[0][:300]
+        steps = [int(d.name) for d in self.folder.glob("*") if d.name.isdigit()]
+        kept = f"step {max(steps)} is intact" if steps else "none was complete"
+        return UserError(
+            f"checkpoint not saved in {self.folder} ({type(error).__name__}: {reason}): free some space or "
+            f"choose another --workdir, then run the same command again; of the earlier ones {kept}"
+        )
+
+    def restore(self, abstract: TrainState, shardings: Any) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint as (state, meta), each leaf placed by `shardings`."""
+        shapes = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+        )
+        restored = self._manager.restore(
+            self.latest_step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(shapes.params),
+                optimizer=ocp.args.StandardRestore({"step": shapes.step, "opt_state": shapes.opt_state}),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        optimizer = restored["optimizer"]
+        state = TrainState(optimizer["step"], restored["params"], optimizer["opt_state"])
+        return state, restored["meta"]
+
+    def close(self) -> None:
+        """Waits for a save in progress and releases the manager's threads."""
+        self._manager.close()

@@ -1,0 +1,133 @@
+"""What a run says: progress bar or lines, log.jsonl, TensorBoard, and the figures behind them."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+
+
+def write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def say(text: str) -> None:
+    """One line for the user, also while a progress bar is on show."""
+    tqdm.tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def memory_gib() -> float:
+    """Peak memory of the busiest local device in GiB; of this process where devices do not tell (CPU)."""
+    peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices()]
+    if max(peaks) > 0:
+        return max(peaks) / 2**30
+    status = pathlib.Path("/proc/self/status")
+    lines = status.read_text().split("\n") if status.exists() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
+
+
+class Report:
+    """Turns metrics of finished steps into lines; counts time spent waiting for data.
+
+    Lines of `log.jsonl` past `start_step`, left by a run that was killed after its last checkpoint, are
+    removed: the log of a resumed run is that of an undisturbed one.
+
+    Args:
+        every: steps from one logged step to the next.
+        batch_size: clips per step, over all hosts.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start_step: int, total_steps: int, batch_size: int, every: int):
+        self.path = workdir / "log.jsonl"
+        self.total, self.batch_size, self.every = total_steps, batch_size, every
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= start_step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        os.replace(partial, self.path)
+        self._log = self.path.open("a")
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._bar = tqdm.tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            disable=None,  # no bar unless the output is a terminal
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}% |{bar}| {n}/{total} [{remaining} left] {postfix}",
+        )
+        self._start, self._waited = time.perf_counter(), 0.0
+        self._steps, self._window_waited = 0, 0.0
+        self._window_start, self._window_steps = self._start, 0
+        self.last: dict[str, float] = {}
+
+    def waited(self, seconds: float) -> None:
+        """Adds time that the loop spent waiting for a batch."""
+        self._waited += seconds
+        self._window_waited += seconds
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Records that step number `step` (from 1) is done, with its metrics as numbers."""
+        self._steps += 1
+        self._window_steps += 1
+        self._bar.update()
+        if step % self.every and step != self.total:
+            return
+        now = time.perf_counter()
+        seconds = max(now - self._window_start, 1e-9)
+        clips_per_second = self._window_steps * self.batch_size / seconds
+        self.last = {
+            "step": step,
+            **{name: float(value) for name, value in metrics.items()},
+            "clips_per_second": clips_per_second,
+            "data_wait": self._window_waited / seconds,
+            "memory_gib": memory_gib(),
+        }
+        self._window_start, self._window_steps, self._window_waited = now, 0, 0.0
+        self._log.write(json.dumps(self.last) + "\n")
+        self._log.flush()
+        for name, value in self.last.items():
+            self._board.add_scalar(name, value, step)
+        text = (
+            f"loss {self.last['loss']:.4f}  lr {self.last['learning_rate']:.2e}  "
+            f"{clips_per_second:.1f} clips/s  waiting for data {self.last['data_wait']:.1%}"
+        )
+        self._bar.set_postfix_str(text)
+        if self._bar.disable:
+            left = (self.total - step) / self._steps * (now - self._start)
+            say(f"step {step}/{self.total}  {text}  {left:.0f} s left")
+
+    def totals(self) -> dict[str, float]:
+        """clips_per_second and data_wait (share of time) since the first step of this process."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        return {
+            "clips_per_second": self._steps * self.batch_size / seconds,
+            "data_wait": self._waited / seconds,
+        }
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """Puts a uint8 [H, W, 3] image into TensorBoard."""
+        self._board.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Ends the bar and the files."""
+        self._bar.close()
+        self._board.close()
+        self._log.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a log line; a line cut off by a kill counts as beyond every step."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
