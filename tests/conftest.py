@@ -4,6 +4,7 @@ import os
 import pathlib
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from absl import flags
@@ -36,3 +37,11 @@ def real_videos() -> pathlib.Path:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def untyped():
+    """Lets wrong types through to the code under test, as they come from users."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

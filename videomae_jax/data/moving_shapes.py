@@ -52,13 +52,13 @@ def render(spec: MovingShapes, motion: str, rng: np.random.Generator) -> np.ndar
     # 32 frames move a shape by a third to two thirds of the frame, whatever its size in pixels.
     span = spec.frames / 32
     drift = rng.uniform(-0.35, 0.35, 2).astype(np.float32) * size * span
-    image = _texture(y - drift[0] * time, x - drift[1] * time, size, rng, waves=(0.7, 2.0))
+    image = _texture(y - drift[0] * time, x - drift[1] * time, size, rng, waves=(0.3, 1.0))
     for _ in range(rng.integers(2, 4)):
         centre_y, centre_x, radius = _trajectory(motion, time, size, span, rng)
         dy = (y - centre_y + size / 2) % size - size / 2
         dx = (x - centre_x + size / 2) % size - size / 2
         inside = np.clip(0.5 - _distance(dy, dx, radius, rng), 0, 1)[..., None]
-        paint = _texture(dy / radius * size / 4, dx / radius * size / 4, size, rng, (1.0, 2.5))
+        paint = _texture(dy / radius * size / 4, dx / radius * size / 4, size, rng, (0.4, 1.2))
         image = image + inside * (paint - image)
     return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
 
