@@ -1,5 +1,6 @@
 """Shared set-up: eight fake devices, parsed absl flags, and where the fixtures are."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -9,6 +10,10 @@ import numpy as np
 import pytest
 from absl import flags
 
+from videomae_jax.data import moving_shapes
+
+# Compiling takes half as long, and nothing here is about speed.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 jax.config.update("jax_num_cpu_devices", 8)
 flags.FLAGS.mark_as_parsed()
 
@@ -45,3 +50,24 @@ def untyped():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> pathlib.Path:
+    """A few generated videos: SPLIT/CLASS/NUMBER.mp4."""
+    spec = moving_shapes.MovingShapes(size=32, frames=16, videos=32, seed=0)
+    return moving_shapes.generate(spec, tmp_path_factory.mktemp("cache"), processes=1)
+
+
+@pytest.fixture
+def debug_config(shapes):
+    """configs/debug.py on the generated videos."""
+    return load_config("debug", f"data={shapes}")
+
+
+def load_config(name: str, arg: str = ""):
+    """What `--config=configs/NAME.py:ARG` gives."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)

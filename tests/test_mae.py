@@ -70,9 +70,7 @@ def test_predictions_come_in_raster_order_of_hidden_tokens(model, video, mask):
     """Reordering the hidden indices reorders the prediction alike, so rows belong to their indices."""
     visible, hidden = masking.from_mask(mask)
     straight = model.predict(video, visible, hidden)
-    np.testing.assert_allclose(
-        model.predict(video, visible, hidden[:, ::-1]), straight[:, ::-1], atol=1e-5
-    )
+    np.testing.assert_allclose(model.predict(video, visible, hidden[:, ::-1]), straight[:, ::-1], atol=1e-5)
     assert (np.diff(hidden, axis=1) > 0).all()
 
 

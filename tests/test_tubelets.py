@@ -25,7 +25,9 @@ def test_order_of_tokens_and_voxels():
     t, h, w, c = np.meshgrid(np.arange(4), np.arange(6), np.arange(8), np.arange(3), indexing="ij")
     for name, axis, size in (("t", t, 2), ("h", h, 3), ("w", w, 4), ("c", c, 1)):
         cut = np.asarray(tubelets.patchify(jnp.asarray(axis)[None], (2, 3, 4)))[0]
-        n = {"t": np.arange(8) // 4, "h": np.arange(8) // 2 % 2, "w": np.arange(8) % 2, "c": np.zeros(8)}[name]
+        n = {"t": np.arange(8) // 4, "h": np.arange(8) // 2 % 2, "w": np.arange(8) % 2, "c": np.zeros(8)}[
+            name
+        ]
         v = np.arange(72)
         voxel = {"t": v // 36, "h": v // 12 % 3, "w": v // 3 % 4, "c": v % 3}[name]
         np.testing.assert_array_equal(cut, (n[:, None] * size + voxel).astype(int), err_msg=name)

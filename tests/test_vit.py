@@ -97,8 +97,6 @@ def test_positions_of_another_size():
     np.testing.assert_allclose(vit._resampling_matrix(14, 20, cubic=True).sum(axis=1), 1, atol=1e-12)
     grown = vit.positions((16, 20, 20), (8, 14, 14), 384, "interpolate")
     assert grown.shape == (6400, 384)
-    with pytest.raises(ValueError, match="unknown position_resize 'stretch'"):
-        vit.positions((4, 4, 4), (2, 2, 2), 8, "stretch")
 
 
 def test_bicubic_resampling_equals_pytorchs():

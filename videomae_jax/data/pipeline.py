@@ -84,7 +84,7 @@ def batches(
     host: int = 0,
     hosts: int = 1,
 ) -> grain.MapDataset:
-    """Host batches from `start_step` on, for ever; element s is this host's part of global batch s.
+    """Host batches from `start_step` on, 2^32 clips in all; element s is this host's part of global batch s.
 
     Global batch s holds records [s * B, (s + 1) * B) of a stream that is reshuffled every epoch, host h
     the h-th of `hosts` equal parts of it. Clips and random draws are the same for any number of hosts.
@@ -94,7 +94,8 @@ def batches(
     """
     if batch_size % hosts:
         raise ValueError(f"batch size {batch_size} is not a multiple of {hosts} hosts")
-    stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+    # Not repeat(None): its length overflows once batches and slices are taken of it.
+    stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat(2**32 // len(source) + 1)
     # Slicing after random_map: before it, every host would draw from the same random stream.
     clips = stream.map_with_index(lambda index, record: (index, record)).random_map(transform)
     return clips.batch(batch_size // hosts)[start_step * hosts + host :: hosts]

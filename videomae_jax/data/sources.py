@@ -112,8 +112,8 @@ def _read_rows(path: pathlib.Path) -> list[tuple[int, list[str]]]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read as a text list: {error}") from None
-    text = next((line for line in lines if line.strip()), "")
-    delimiter = next((d for d in "\t," if d in text), " ")
+    text = next((line.strip() for line in lines if line.strip()), "")
+    delimiter = next((d for d in "\t, " if d in text), "\t")  # one word: whole lines are paths
     rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
     parsed = [(rows.line_num, [field.strip() for field in row]) for row in rows]
     if delimiter == " ":  # trailing blanks are not fields

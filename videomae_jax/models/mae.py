@@ -41,6 +41,8 @@ class VideoMAEConfig:
 
     def __post_init__(self):
         tubelets.grid_of(self.clip_size, self.tubelet)
+        if self.position_resize not in vit.POSITION_RESIZE:
+            raise ValueError(f"unknown position_resize {self.position_resize!r}: use {vit.POSITION_RESIZE}")
         if len(self.pixel_mean) != len(self.pixel_std):
             raise ValueError(
                 f"pixel_mean has {len(self.pixel_mean)} channels and pixel_std {len(self.pixel_std)}"

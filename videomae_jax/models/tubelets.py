@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
+LOSSES = ("mse", "l1", "smooth_l1")
+
 Grid = tuple[int, int, int]
 """Tubelets per axis of a clip (T', H', W'); also the voxels per axis of one tubelet (t, p, p)."""
 
@@ -123,7 +125,7 @@ def reconstruction_error(
         size = jnp.abs(difference)
         error = jnp.where(size < 1, 0.5 * difference**2, size - 0.5)
     else:
-        raise ValueError(f"unknown loss {kind!r}: use 'mse', 'l1' or 'smooth_l1'")
+        raise ValueError(f"unknown loss {kind!r}: use one of {LOSSES}")
     return error.mean(axis=(1, 2))
 
 

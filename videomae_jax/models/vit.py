@@ -61,6 +61,13 @@ class Compute:
     unroll: int = 1
     remat: bool = False
 
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"unknown dtype {self.dtype!r}: use 'float32' or 'bfloat16'")
+
+
+POSITION_RESIZE = ("recompute", "interpolate")
+
 
 @functools.lru_cache
 def position_table(tokens: int, width: int) -> np.ndarray:
@@ -100,14 +107,9 @@ def positions(grid: Grid, made_grid: Grid, width: int, resize: str) -> np.ndarra
     another grid `resize` decides: "recompute" builds the table anew for the new N, as the published code
     does (positions are re-numbered); "interpolate" views the table as [T', H', W', D] and resamples it,
     bicubic in space and linear in time.
-
-    Raises:
-        ValueError: an unknown `resize`.
     """
     if grid == made_grid or resize == "recompute":
         return position_table(math.prod(grid), width)
-    if resize != "interpolate":
-        raise ValueError(f"unknown position_resize {resize!r}: use 'recompute' or 'interpolate'")
     table = position_table(math.prod(made_grid), width).reshape(*made_grid, width)
     for axis, (size, new_size) in enumerate(zip(made_grid, grid, strict=True)):
         matrix = _resampling_matrix(size, new_size, cubic=axis > 0)
@@ -148,12 +150,12 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         b, n, d = x.shape
-        bias = jnp.stack([self.q_bias[...], jnp.zeros(d), self.v_bias[...]])
         # Matmuls on flat tokens: with a batch axis XLA's CPU backward pass takes twice as long.
         qkv = jnp.einsum("td,dce->tce", x.reshape(b * n, d), self.qkv[...].astype(self.dtype))
-        qkv = (qkv + bias.astype(self.dtype)).reshape(b, n, 3, self.num_heads, -1)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
-        out = attend(q, k, v).transpose(0, 2, 1, 3).reshape(b * n, d)
+        q, k, v = jnp.moveaxis(qkv, 1, 0)
+        q, v = (x + bias[...].astype(self.dtype) for x, bias in ((q, self.q_bias), (v, self.v_bias)))
+        heads = (x.reshape(b, n, self.num_heads, -1).transpose(0, 2, 1, 3) for x in (q, k, v))
+        out = attend(*heads).transpose(0, 2, 1, 3).reshape(b * n, d)
         return self.out(out).reshape(b, n, d)
 
 

@@ -15,7 +15,7 @@ from videomae_jax.apps import reconstruct
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import moving_shapes, pipeline, sources
 from videomae_jax.interop import export
-from videomae_jax.models import masking, vit
+from videomae_jax.models import masking, tubelets
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
 from videomae_jax.training import report
 from videomae_jax.training.step import Batch
@@ -112,7 +112,9 @@ class Pretrain:
 
         Clips and masks are the same for every run: the middle of each video, cropped to its centre.
         """
-        chosen = held_out.select(range(min(len(held_out), _FINAL_CLIPS)))
+        # Evenly spread, so that every class folder has its share.
+        count = min(len(held_out), _FINAL_CLIPS)
+        chosen = held_out.select([i * len(held_out) // count for i in range(count)])
         clips, ids, bad = pipeline.middle_clips(chosen, self.clip_transform)
         if not ids:
             report.say(f"no pictures: none of the {len(chosen)} held-out videos can be decoded")
@@ -178,9 +180,10 @@ def make_task(config: Config) -> Pretrain:
             stride=config.data.stride,
         )
         masking.counts(task.mask, task.model.grid, task.mask_ratio)
-        vit.positions(task.model.grid, task.model.grid, 2, task.model.position_resize)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if task.loss_kind not in tubelets.LOSSES:
+        raise UserError(f"loss.kind={task.loss_kind!r} is unknown: use {', '.join(tubelets.LOSSES)}")
     if config.log.statistics != "raw" and not task.normalize_target:
         raise UserError(
             f"log.statistics={config.log.statistics} is for normalised targets: with "

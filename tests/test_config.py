@@ -1,0 +1,143 @@
+"""The tree of settings: locked, complete, and equal to the published tables."""
+
+import jax
+import pytest
+from conftest import ROOT, load_config
+
+from videomae_jax import config as settings
+from videomae_jax.models import masking
+from videomae_jax.training import tasks
+
+# (size, data): batch, effective lr, effective min lr, mask, stride, decoder depth, duration, warm-up, every
+# Fact sheet 4.4; HMDB51 from the paper's text.
+PUBLISHED = {
+    ("small", "k400"): (1024, 6e-4, 4e-5, 0.9, 4, 4, 1601, 40, 20),
+    ("base", "k400"): (2048, 1.2e-3, 8e-5, 0.9, 4, 4, 1601, 40, 20),
+    ("large", "k400"): (512, 3e-4, 2e-5, 0.9, 4, 12, 1601, 40, 20),
+    ("huge", "k400"): (1024, 6e-4, 4e-5, 0.9, 4, 12, 1601, 40, 20),
+    ("small", "ssv2"): (2048, 1.2e-3, 8e-5, 0.9, 2, 4, 2401, 40, 20),
+    ("base", "ssv2"): (2048, 1.2e-3, 8e-5, 0.9, 2, 4, 2401, 40, 20),
+    ("base", "ucf101"): (192, 2.25e-4, 7.5e-6, 0.75, 4, 4, 3201, 40, 100),
+    ("base", "hmdb51"): (192, 2.25e-4, 7.5e-6, 0.75, 2, 4, 4801, 40, 100),
+}
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_published_pretraining(row):
+    size, data = row
+    batch, lr, min_lr, ratio, stride, depth, duration, warmup, every = PUBLISHED[row]
+    c = load_config("pretrain", f"size={size},data={data}")
+    plan = settings.finalize(c, num_videos=240_436)
+    steps = 240_436 // batch
+    assert (plan.steps_per_epoch, plan.total_steps) == (steps, duration * steps)
+    assert (plan.warmup_steps, plan.checkpoint_steps) == (warmup * steps, every * steps)
+    assert plan.peak_lr == pytest.approx(lr)
+    assert plan.end_lr == pytest.approx(min_lr)
+    assert (c.mask.kind, c.mask.ratio, c.data.stride) == ("tube", ratio, stride)
+    assert (c.model.decoder.depth, c.data.batch_size) == (depth, batch)
+    assert (c.data.frames, c.data.size, c.model.tubelet) == (16, (224, 224), (2, 16, 16))
+    assert (c.optim.betas, c.optim.weight_decay, c.optim.clip_norm) == ((0.9, 0.95), 0.05, 0)
+    assert (c.loss.kind, c.loss.normalize_target, c.model.drop_path) == ("mse", True, 0)
+    assert c.model.remat == (size == "huge")
+
+
+def test_a_path_takes_the_kinetics_recipe():
+    c = load_config("pretrain", "data=/my/videos")
+    assert (c.data.path, c.data.stride, c.data.batch_size) == ("/my/videos", 4, 2048)
+
+
+@pytest.mark.parametrize(
+    ("name", "arg"),
+    [
+        *(("pretrain", f"size={size},data={data}") for size, data in PUBLISHED),
+        *(("small", f"scale={scale}") for scale in ("laptop", "gpu")),
+        ("debug", ""),
+    ],
+)
+def test_every_config_is_locked_and_its_step_traces(name, arg):
+    c = load_config(name, arg)
+    with pytest.raises(AttributeError, match='Did you mean "lr"'):
+        c.optim.lrr = 1.0
+    assert set(settings.flatten(c)) == set(settings.flatten(settings.defaults()))
+    task = tasks.make_task(c)
+    frames, height, width = task.model.clip_size
+    batch = {
+        "video": jax.ShapeDtypeStruct((8, frames, height, width, 3), "uint8"),
+        "index": jax.ShapeDtypeStruct((8,), "uint32"),
+        "weight": jax.ShapeDtypeStruct((8,), "float32"),
+    }
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    loss = jax.eval_shape(task.loss, params, batch, jax.random.key(0))
+    assert (loss.shape, loss.dtype) == ((), "float32")
+    assert sum(masking.counts(task.mask, task.model.grid, task.mask_ratio)) > 0
+
+
+def test_every_config_file_is_tested():
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {"pretrain", "small", "debug"}
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "text"),
+    [
+        ("small", "dta=x", "'dta=x' is not understood: use data=moving_shapes,scale=laptop"),
+        ("small", "scale=pod", "scale=pod is unknown: use laptop or gpu"),
+        ("pretrain", "size=giant", "size=giant is unknown: use small, base, large, huge"),
+        ("debug", "x", "'x' is not understood"),
+    ],
+)
+def test_wrong_config_arguments(name, arg, text):
+    with pytest.raises(settings.UserError, match=text):
+        load_config(name, arg)
+
+
+def test_arguments_may_hold_commas_and_equals_signs():
+    assert settings.parse_arg("data=/a,b/c=d,scale=x", data="", scale="").data == "/a,b/c=d"
+
+
+@pytest.mark.parametrize(
+    ("changes", "videos", "text"),
+    [
+        ({"unit": "hours"}, 1000, "optim.unit='hours' is unknown"),
+        ({"unit": "epochs"}, 100, "batch_size=256 is more than the 100 videos"),
+        ({"duration": 10}, 1000, "optim.warmup=40 and optim.duration=10 epochs"),
+        ({"duration": 0, "warmup": 0}, 1000, "must be positive"),
+        ({"duration": 2**30}, 1000, "pass the limit"),
+    ],
+)
+def test_schedules_that_cannot_be(changes, videos, text):
+    c = settings.defaults()
+    c.optim.update(changes)
+    with pytest.raises(settings.UserError, match=text):
+        settings.finalize(c, videos)
+
+
+def test_differences_name_what_a_result_depends_on():
+    old, new = settings.defaults(), settings.defaults()
+    new.log.steps, new.data.workers, new.mesh.fsdp, new.model.unroll = 1, 4, 2, 12
+    assert settings.differences(old.to_dict(), new.to_dict()) == []
+    new.optim.lr = 1.0
+    new.data.size = (112, 112)
+    assert settings.differences(old.to_dict(), new.to_dict()) == [
+        "data.size: [224, 224] -> [112, 112]",
+        "optim.lr: 0.00015 -> 1.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "text"),
+    [
+        ("mask", {"ratio": 0.01}, "mask ratio 0.01 hides 0 of 16 places"),
+        ("mask", {"ratio": 1.0}, "hides 16 of 16"),
+        ("mask", {"kind": "cube"}, "unknown mask 'cube'"),
+        ("data", {"size": (33, 32)}, r"\(8, 33, 32\) cannot be cut"),
+        ("model", {"position_resize": "x"}, "unknown position_resize"),
+        ("model", {"dtype": "float8"}, "unknown dtype 'float8'"),
+        ("loss", {"kind": "huber"}, "loss.kind='huber' is unknown"),
+        ("loss", {"normalize_target": False}, "log.statistics=true is for normalised targets"),
+    ],
+)
+def test_settings_that_do_not_fit_together(section, change, text):
+    c = load_config("debug")
+    c[section].update(change)
+    with pytest.raises(settings.UserError, match=text):
+        tasks.make_task(c)

@@ -1,0 +1,54 @@
+"""`save` and `load`: the same model comes back, and nothing else is taken for one."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import videomae_jax as vm
+from videomae_jax.interop import export
+from videomae_jax.models import vit
+
+CONFIG = vm.VideoMAEConfig(
+    (2, 8, 8), (2, 4, 4), (0.5,) * 3, (0.2,) * 3, vit.Stack(8, 2, 2, 16), vit.Stack(8, 1, 1, 16)
+)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = vm.VideoMAE(CONFIG, rngs=nnx.Rngs(0))
+    vm.save(model, tmp_path / "export", {"mask_ratio": 0.5})
+    return model, tmp_path / "export"
+
+
+def test_round_trip(saved):
+    model, path = saved
+    loaded = vm.load(path)
+    assert loaded.config == CONFIG
+    jax.tree.map(
+        np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model)), nnx.to_pure_dict(nnx.state(loaded))
+    )
+    video = np.random.default_rng(0).integers(0, 256, (1, 2, 8, 8, 3), dtype=np.uint8)
+    mask = vm.tube_mask(jax.random.key(0), 1, CONFIG.grid, 0.5)
+    np.testing.assert_array_equal(
+        model(jax.numpy.asarray(video), mask), loaded(jax.numpy.asarray(video), mask)
+    )
+    assert export.read_metadata(path)["recipe"] == {"mask_ratio": 0.5}
+
+
+def test_an_export_is_never_overwritten(saved):
+    model, path = saved
+    with pytest.raises(export.ExportError, match="exists: choose another path"):
+        vm.save(model, path)
+
+
+def test_what_is_no_export_is_refused(saved, tmp_path):
+    _, path = saved
+    with pytest.raises(export.ExportError, match="holds no model"):
+        vm.load(tmp_path / "nowhere")
+    file = path / "meta" / "metadata"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))
+    with pytest.raises(export.ExportError, match="has format 99 .* this version reads format 1"):
+        vm.load(path)

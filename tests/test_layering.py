@@ -1,0 +1,79 @@
+"""Imports go one way; data never sees JAX, models never see files or settings."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "videomae_jax"
+# Folder or module -> what of the package it may import (docs/architecture.md draws the same).
+MAY = {
+    "config": set(),
+    "sharding": set(),
+    "models": {"models"},
+    "data": {"data"},
+    "evaluation": {"evaluation", "models"},
+    "interop": {"interop", "models"},
+    "apps": {"apps", "config", "data", "evaluation", "interop", "models"},
+    "training": {"training", "apps", "config", "data", "interop", "models", "sharding"},
+    "cli": {"apps", "config", "data", "interop", "training"},
+    "__main__": {"cli"},
+    "__init__": {"interop", "models"},
+}
+FOREIGN = {
+    "data": {"jax", "flax", "optax", "orbax", "ml_collections", "torch", "tensorflow"},
+    "models": {"orbax", "ml_collections", "av", "PIL", "pathlib", "os", "time", "torch", "tensorflow"},
+}
+NNX = {"Module", "Param", "Linear", "LayerNorm", "Rngs", "vmap", "split", "merge", "eval_shape"}
+NNX |= {"to_pure_dict", "graphdef", "state", "initializers"}
+
+
+def files():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def part(path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path) -> set[str]:
+    """Every module that a file imports, by full name; of the package, with the imported names."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports(path):
+    names = imported(path)
+    ours = {name.split(".")[1] for name in names if name.startswith("videomae_jax.")}
+    assert ours <= MAY[part(path)]
+    assert not {name.split(".")[0] for name in names} & FOREIGN.get(part(path), set())
+
+
+def test_the_table_is_complete_and_goes_one_way():
+    assert {part(path) for path in files()} == set(MAY)
+    order = list(MAY)
+    for name, allowed in MAY.items():
+        assert all(order.index(other) <= order.index(name) for other in allowed)
+
+
+def test_only_the_stable_part_of_nnx_is_used():
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "nnx"
+            ):
+                assert node.attr in NNX, f"{path}: nnx.{node.attr}"
+
+
+def test_files_are_short():
+    for path in files():
+        assert len(path.read_text().splitlines()) <= 450, path

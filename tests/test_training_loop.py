@@ -1,0 +1,289 @@
+"""Training as users have it: killed anywhere, on bad videos, in the wrong folder."""
+
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import clips
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, load_config
+from flax import nnx
+
+import videomae_jax as vm
+from videomae_jax import config as settings
+from videomae_jax import sharding
+from videomae_jax.data import pipeline
+from videomae_jax.training import loop, tasks
+
+STEPS = 40
+
+
+def command(shapes, workdir, *flags) -> list[str]:
+    return [
+        *(sys.executable, "-m", "videomae_jax", "train", f"--workdir={workdir}"),
+        f"--config={ROOT / 'configs' / 'debug.py'}:data={shapes}",
+        f"--config.optim.duration={STEPS}",
+        *flags,
+    ]
+
+
+@pytest.fixture(scope="module")
+def start(shapes, tmp_path_factory):
+    """Starts a training process; its output goes to a pipe, its compiled step to a shared cache."""
+    cache = tmp_path_factory.mktemp("xdg")
+    running = []
+
+    def run(workdir, *flags, **options) -> subprocess.Popen:
+        process = subprocess.Popen(
+            command(shapes, workdir, *flags),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"},
+            **options,
+        )
+        running.append(process)
+        return process
+
+    yield run
+    for process in running:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start, tmp_path_factory) -> pathlib.Path:
+    """The work folder of a run without any trouble."""
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    process = start(workdir)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    return workdir
+
+
+def wait_for(process, happened) -> None:
+    while process.poll() is None and not happened():
+        time.sleep(0.002)
+
+
+def logged(workdir) -> list[dict]:
+    path = workdir / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def last_step(workdir) -> int:
+    path = workdir / "log.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def assert_same_run(workdir, other) -> None:
+    """Bit for bit: parameters at the end, and every logged loss, norm and rate."""
+    params = [nnx.to_pure_dict(nnx.state(vm.load(folder), nnx.Param)) for folder in (workdir, other)]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    names = ("step", "loss", "grad_norm", "learning_rate", "clips")
+    runs = [[[line[name] for name in names] for line in logged(folder)] for folder in (workdir, other)]
+    assert runs[0] == runs[1]
+    assert [line[0] for line in runs[0]] == list(range(1, STEPS + 1))
+
+
+def test_a_run_leaves_what_it_promises(undisturbed):
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["step"] == STEPS
+    assert set(summary) >= {"loss", "clips_per_second", "data_wait", "bad_videos", "seconds"}
+    assert set(summary["reconstruction"]) >= {"psnr_hidden", "psnr_mean", "psnr_nearest_visible"}
+    assert set(summary["seconds"]) == {"set-up", "data", "restore", "first step", "steps", "pictures"}
+    for name in ("reconstruction.gif", "reconstruction.png", "config.json"):
+        assert (undisturbed / name).stat().st_size > 100
+    assert list((undisturbed / "tensorboard").glob("events.*"))
+    steps = sorted(int(d.name) for d in (undisturbed / "checkpoints").iterdir() if d.name.isdigit())
+    assert steps == [STEPS - 5, STEPS]
+
+
+def test_the_loss_falls(undisturbed):
+    losses = [line["loss"] for line in logged(undisturbed)]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.02
+
+
+def test_kill_at_several_steps_and_resume(start, undisturbed, tmp_path):
+    """kill -9 after steps 3 (before any checkpoint), 13 and 27, then to the end."""
+    workdir = tmp_path / "killed"
+    for kill_after in (3, 13, 27):
+        process = start(workdir)
+        wait_for(process, lambda after=kill_after: last_step(workdir) >= after)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        assert kill_after <= last_step(workdir) < STEPS
+    process = start(workdir)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert "resuming from step" in output
+    assert_same_run(workdir, undisturbed)
+
+
+def test_kill_while_a_checkpoint_is_written(start, undisturbed, tmp_path):
+    workdir = tmp_path / "killed"
+    process = start(workdir)
+    unfinished = lambda: list((workdir / "checkpoints").glob("*tmp*"))  # noqa: E731
+    wait_for(process, lambda: last_step(workdir) > 8 and unfinished())
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    # Whether or not the kill met the save, a checkpoint cut off in the middle must not be taken for one.
+    half = workdir / "checkpoints" / "39.orbax-checkpoint-tmp-7"
+    half.mkdir()
+    (half / "params").mkdir()
+    process = start(workdir)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert_same_run(workdir, undisturbed)
+    assert not unfinished()
+
+
+def test_sigterm_saves_and_ends_with_status_0(start, undisturbed, tmp_path):
+    workdir = tmp_path / "preempted"
+    process = start(workdir, "--config.checkpoint.every=1000")
+    wait_for(process, lambda: last_step(workdir) >= 7)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert "SIGTERM: saving a checkpoint" in output
+    reached = last_step(workdir)
+    assert json.loads((workdir / "summary.json").read_text())["interrupted"]
+    assert (workdir / "checkpoints" / str(reached)).is_dir()
+    output = start(workdir, "--config.checkpoint.every=1000").communicate(timeout=120)[0]
+    assert f"resuming from step {reached}" in output
+    assert_same_run(workdir, undisturbed)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(start, undisturbed, tmp_path):
+    workdir = tmp_path / "full"
+    process = start(workdir)
+    wait_for(process, lambda: (workdir / "checkpoints" / "10").is_dir())
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    process = start(workdir, "--config.checkpoint.keep_last=9", preexec_fn=limit)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2, output
+    (line,) = [line for line in output.splitlines() if line.startswith("videomae_jax: ")]
+    assert "checkpoint not saved" in line
+    assert "free some space" in line
+    output = start(workdir).communicate(timeout=120)[0]
+    assert "resuming from step" in output
+    assert_same_run(workdir, undisturbed)
+
+
+def test_resume_of_a_finished_run_changes_nothing(shapes, tmp_path, debug_config):
+    debug_config.optim.duration = 6
+    first = loop.run(debug_config, tmp_path, time.time())
+    params = nnx.to_pure_dict(nnx.state(vm.load(tmp_path), nnx.Param))
+    again = loop.run(debug_config, tmp_path, time.time())
+    jax.tree.map(np.testing.assert_array_equal, params, nnx.to_pure_dict(nnx.state(vm.load(tmp_path))))
+    assert again["reconstruction"] == first["reconstruction"]
+    assert len(logged(tmp_path)) == 6
+
+
+@pytest.fixture
+def with_a_broken_video(tmp_path) -> pathlib.Path:
+    folder = tmp_path / "videos"
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        clips.write(folder / f"{i}.mp4", rng.integers(0, 256, (10, 40, 40, 3), dtype=np.uint8))
+    (folder / "broken.mp4").write_bytes(b"nothing")
+    return folder
+
+
+def test_a_bad_video_stops_the_run_by_default(with_a_broken_video, tmp_path):
+    c = load_config("debug", f"data={with_a_broken_video}")
+    with pytest.raises(settings.UserError) as error:
+        loop.run(c, tmp_path / "run", time.time())
+    text = str(error.value)
+    assert "1 of 9 videos cannot be decoded" in text
+    assert "broken.mp4" in text
+    assert "--config.data.max_bad_fraction=0.12" in text
+
+
+def test_a_bad_video_is_named_counted_and_left_out(with_a_broken_video, tmp_path, capsys):
+    c = load_config("debug", f"data={with_a_broken_video}")
+    c.optim.duration, c.data.max_bad_fraction = 6, 0.12
+    summary = loop.run(c, tmp_path / "run", time.time())
+    assert list(summary["bad_videos"]) == ["broken.mp4"]
+    output = capsys.readouterr().out
+    assert output.count("bad video, trained without it") == 1
+    assert "9 videos are too few to hold any out" in output
+    assert {line["clips"] for line in logged(tmp_path / "run")} == {7.0, 8.0}
+    assert summary["bad_held_out_videos"].keys() == {"broken.mp4"}
+
+
+@pytest.mark.slow
+def test_real_files(real_videos, tmp_path, capsys):
+    """Training on the folder of real files names the corrupted one; it stops by default."""
+    c = load_config("debug", f"data={real_videos}")
+    c.optim.duration, c.data.held_out = 8, 0
+    with pytest.raises(settings.UserError, match=r"corrupted\.mp4.*--config\.data\.max_bad_fraction"):
+        loop.run(c, tmp_path / "default", time.time())
+    c.data.max_bad_fraction = 0.1
+    summary = loop.run(c, tmp_path / "raised", time.time())
+    assert list(summary["bad_videos"]) == ["corrupted.mp4"]
+    assert sum(8 - line["clips"] for line in logged(tmp_path / "raised")) >= 4  # once in each of 4 epochs
+
+
+def test_a_work_folder_of_another_run_is_refused(shapes, tmp_path, debug_config):
+    debug_config.optim.duration = 5
+    loop.run(debug_config, tmp_path, time.time())
+    other = load_config("debug", f"data={shapes}")
+    other.optim.update(duration=5, lr=0.5)
+    with pytest.raises(settings.UserError, match=r"other settings \(optim.lr: 0.032 -> 0.5\)"):
+        loop.run(other, tmp_path, time.time())
+    fewer = load_config("debug", f"data={shapes / 'validation'}")
+    fewer.optim.duration = 5
+    fewer.data.path = debug_config.data.path
+    (tmp_path / "config.json").write_text(
+        (tmp_path / "config.json").read_text().replace('"data": "', '"data": "0')
+    )
+    with pytest.raises(settings.UserError, match="a run on other data"):
+        loop.run(fewer, tmp_path, time.time())
+
+
+def test_skipped_steps_are_written_down_and_limited(shapes, tmp_path, debug_config, monkeypatch):
+    debug_config.optim.max_skipped = 3
+    plain = tasks.Pretrain.loss
+    monkeypatch.setattr(tasks.Pretrain, "loss", lambda *args: plain(*args) * jnp.nan)
+    with pytest.raises(loop.TrainingError, match="3 steps in a row had no usable gradient"):
+        loop.run(debug_config, tmp_path, time.time())
+    lines = (tmp_path / "skipped_steps.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert [entry["step"] for entry in entries] == [0, 1, 2]
+    assert entries[1]["index"] == list(range(8, 16))
+    assert len(entries[1]["videos"]) == 8
+    root = jax.random.wrap_key_data(jnp.asarray(entries[1]["root_key"], jnp.uint32))
+    assert root == jax.random.key(debug_config.seed)
+
+
+def test_batches_must_divide_over_the_devices(tmp_path, debug_config):
+    debug_config.data.batch_size = 12
+    with pytest.raises(settings.UserError, match="batch_size=12 does not divide over .* 8 devices"):
+        loop.run(debug_config, tmp_path, time.time())
+
+
+def test_prefetch_hands_over_batches_in_order(shapes, debug_config):
+    task = tasks.make_task(debug_config)
+    source, _ = tasks.open_data(debug_config)
+    dataset = pipeline.batches(source, task.clip_transform, seed=0, batch_size=8)
+    ahead = loop.prefetch(dataset, sharding.make_mesh(-1, 1, 1), workers=0, threads=1)
+    for number in range(4):
+        batch, host_fields = next(ahead)
+        np.testing.assert_array_equal(host_fields["index"], np.arange(8) + 8 * number)
+        np.testing.assert_array_equal(batch["video"], dataset[number]["video"])
+        assert set(batch) == {"video", "index", "label", "weight"}
+    ahead.close()

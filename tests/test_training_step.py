@@ -1,0 +1,166 @@
+"""The compiled step: layout independence, collectives, weight 0, and the guard against bad numbers."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from videomae_jax import sharding
+from videomae_jax.models import vit
+from videomae_jax.models.mae import VideoMAEConfig
+from videomae_jax.training import optim, step, tasks
+
+CONFIG = VideoMAEConfig(
+    clip_size=(4, 16, 16),
+    tubelet=(2, 4, 4),
+    pixel_mean=(0.5,) * 3,
+    pixel_std=(0.25,) * 3,
+    encoder=vit.Stack(24, 2, 2, 48),
+    decoder=vit.Stack(16, 1, 2, 32),
+)
+TASK = tasks.Pretrain(CONFIG, "tube", 0.75, True, "mse", 1)
+ROOT = jax.random.key(7)
+
+
+def mesh_of(data: int, fsdp: int = 1) -> jax.sharding.Mesh:
+    devices = jax.devices()[: data * fsdp]
+    return jax.make_mesh((data, fsdp, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_of(rows: int = 8, **changes) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "video": rng.integers(0, 256, (rows, 4, 16, 16, 3), dtype=np.uint8),
+        "index": np.arange(100, 100 + rows, dtype=np.uint32),
+        "label": np.zeros(rows, np.int32),
+        "weight": np.ones(rows, np.float32),
+    } | changes
+
+
+def prepare(mesh, loss=TASK.loss):
+    tx = optim.adamw((0.9, 0.95), 1e-8, 0.05, 0.0)
+    state, shardings = step.init_state(TASK.init, tx, mesh, seed=0)
+    return state, step.make_train_step(loss, tx, lambda _: jnp.float32(1e-3), mesh, shardings)
+
+
+def run(mesh, batch):
+    state, train_step = prepare(mesh)
+    return train_step(state, sharding.global_batch(mesh, batch), ROOT)
+
+
+def assert_trees_close(left, right, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), left, right)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 1), (4, 1), (8, 1), (2, 4)])
+def test_any_layout_gives_the_same_loss_and_update(data, fsdp):
+    one, metrics = run(mesh_of(1), batch_of())
+    mesh = mesh_of(data, fsdp)
+    many, other = run(mesh, batch_of())
+    shards = sharding.global_batch(mesh, batch_of())["video"].addressable_shards
+    assert {shard.data.shape[0] for shard in shards} == {8 // (data * fsdp)}
+    assert_trees_close(metrics["loss"], other["loss"], rtol=1e-6)
+    assert_trees_close(metrics["grad_norm"], other["grad_norm"], rtol=1e-5)
+    assert_trees_close(one.params, many.params, atol=2e-6)
+
+
+def test_masks_follow_the_example_not_its_row():
+    batch = {name: jnp.asarray(value) for name, value in batch_of().items()}
+    visible, _ = TASK.masks(batch, ROOT)
+    turned, _ = TASK.masks({**batch, "index": batch["index"][::-1]}, ROOT)
+    np.testing.assert_array_equal(visible, turned[::-1])
+    other, _ = TASK.masks(batch, jax.random.key(8))
+    assert not (visible == other).all()
+
+
+def test_the_only_collectives_are_reductions():
+    mesh = mesh_of(8)
+    # Without the loop over layers, so that every reduction stands in the text once.
+    compute = vit.Compute(unroll=2)
+    task = dataclasses.replace(TASK, model=dataclasses.replace(CONFIG, compute=compute))
+    state, train_step = prepare(mesh, task.loss)
+    batch = sharding.global_batch(mesh, batch_of())
+    text = train_step.lower(state, batch, ROOT).compile().as_text()
+    found = set(re.findall(r"(all-\w+(?:-\w+)?|reduce-scatter|collective-permute)(?:-start)?\(", text))
+    assert found == {"all-reduce"}
+    reduced = [
+        int(np.prod([int(n) for n in dims.split(",") if n], dtype=int))
+        for line in text.splitlines()
+        if re.search(r" all-reduce(-start)?\(", line)
+        for dims in re.findall(r"(?:f32|s32|pred|u32)\[([\d,]*)\]", line.split(" all-reduce")[0])
+    ]
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert parameters <= sum(reduced) <= parameters + 4  # gradients once; loss, weights
+
+
+def test_a_clip_of_weight_zero_is_as_if_absent():
+    rows = {name: jnp.asarray(value) for name, value in batch_of(8).items()}
+    weight = np.ones(8, np.float32)
+    weight[[2, 5]] = 0
+    video = rows["video"].at[jnp.array([2, 5])].set(0)
+    kept = np.flatnonzero(weight)
+    whole = jax.value_and_grad(TASK.loss)
+    params = TASK.init(jax.random.key(0))
+    with_bad, grads = whole(params, {**rows, "video": video, "weight": jnp.asarray(weight)}, ROOT)
+    without, expected = whole(params, {name: value[kept] for name, value in rows.items()}, ROOT)
+    np.testing.assert_allclose(with_bad, without, rtol=1e-6)
+    assert_trees_close(grads, expected, atol=1e-7)
+    all_good, _ = whole(params, rows, ROOT)
+    assert abs(all_good - without) > 1e-5
+
+
+def test_a_batch_without_a_usable_clip_changes_nothing():
+    mesh = mesh_of(2)
+    before, _ = prepare(mesh)
+    after, metrics = run(mesh, batch_of(weight=np.zeros(8, np.float32)))
+    assert metrics["skipped"] == 1
+    assert metrics["loss"] == 0
+    assert_trees_close(before.params, after.params, atol=0)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poison):
+    mesh = mesh_of(2)
+
+    def loss(params, batch, root):
+        return TASK.loss(params, batch, root) * jnp.where(batch["label"][0] == 1, poison, 1.0)
+
+    state, train_step = prepare(mesh, loss)
+    before = jax.device_get(state)
+    bad = sharding.global_batch(mesh, batch_of(label=np.ones(8, np.int32)))
+    state, metrics = train_step(state, bad, ROOT)
+    assert metrics["skipped"] == 1
+    assert int(state.step) == 1
+    assert_trees_close(before.params, state.params, atol=0)
+    assert_trees_close(before.opt_state, state.opt_state, atol=0)
+    state, metrics = train_step(state, sharding.global_batch(mesh, batch_of()), ROOT)
+    assert metrics["skipped"] == 0
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), before.params, state.params)
+    assert any(jax.tree.leaves(changed))
+
+
+def test_the_state_is_donated_and_every_leaf_is_replicated():
+    mesh = mesh_of(4)
+    state, train_step = prepare(mesh)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
+    train_step(state, sharding.global_batch(mesh, batch_of()), ROOT)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_drop_path_is_active_in_training_only():
+    task = dataclasses.replace(TASK, model=dataclasses.replace(CONFIG, drop_path=0.5))
+    params = task.init(jax.random.key(0))
+    losses = {
+        float(t.loss(params, {n: jnp.asarray(v) for n, v in batch_of().items()}, ROOT)) for t in (task, TASK)
+    }
+    assert len(losses) == 2
+
+
+def test_a_mesh_that_leaves_devices_out_is_refused():
+    with pytest.raises(ValueError, match="data=3 x fsdp=1 x tensor=1 does not use the 8 devices"):
+        sharding.make_mesh(3, 1, 1)
+    assert dict(sharding.make_mesh(-1, 2, 1).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
