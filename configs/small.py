@@ -8,8 +8,10 @@ Arguments: data=moving_shapes (generated) or a PATH; scale=laptop or gpu.
 
 laptop: 8 x 48 x 48 clips, 144 tubelets of which 36 are visible, pixels as target; about 4 minutes on two CPU
 cores. Chosen by trying: with 64-pixel clips, finer texture or normalised targets a model of this size still
-predicts the mean colour after that time; here it beats both the mean and a copy of the nearest visible tubelet.
-gpu: 16 x 128 x 128 clips, ViT-S with tube masking 0.9 and normalised targets as published, for one GPU or TPU host.
+predicts the mean colour after that time; here it beats both the mean and a copy of the nearest visible
+tubelet.
+gpu: 16 x 128 x 128 clips, ViT-S with tube masking 0.9 and normalised targets as published, for one GPU or one
+TPU host.
 """
 
 from videomae_jax import config
@@ -31,8 +33,8 @@ def get_config(arg: str | None = None):
         c.log.statistics = "raw"
         c.data.generate.update(size=48, frames=24, videos=2048)
         c.data.update(frames=8, stride=2, size=(48, 48), batch_size=16)
-        c.optim.update(duration=2000, warmup=100, lr=0.064, min_lr=0.0, clip_norm=1.0)
-        c.checkpoint.every = 500
+        c.optim.update(duration=2400, warmup=120, lr=0.064, min_lr=0.0, clip_norm=1.0)
+        c.checkpoint.every = 600
         c.log.steps = 20
     elif arg.scale == "gpu":
         size = vit.SIZES["small"]

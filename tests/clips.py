@@ -7,7 +7,7 @@ import numpy as np
 
 
 def numbered_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray:
-    """uint8 [count, height, width, 3]: frame k is uniformly grey with value 4 + 6 k, so it survives coding."""
+    """uint8 [count, height, width, 3]: frame k is grey with value 4 + 6 k, so it survives coding."""
     values = (4 + 6 * np.arange(count)).astype(np.uint8)
     return np.broadcast_to(values[:, None, None, None], (count, height, width, 3)).copy()
 

@@ -8,18 +8,25 @@ from videomae_jax import cli
 DEBUG = f"--config={ROOT / 'configs' / 'debug.py'}"
 
 
-def use(capsys, *argv) -> tuple[int, str]:
-    status = cli.main(["videomae_jax", *argv], 0.0)
-    return status, capsys.readouterr().err
+@pytest.fixture
+def use(monkeypatch, capsys):
+    """Runs the command line; returns (status, standard output, standard error)."""
+
+    def run(*argv) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["videomae_jax", *argv])
+        status = cli.main(0.0)
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
         (["trian"], "unknown command 'trian': use train or reconstruct"),
-        (["train", DEBUG], "Flag --workdir must have a value"),
-        (["train", "--workdir=W"], "Flag --config must have a value"),
-        (["train", "--workdir=W", "--config=nowhere.py"], "nowhere.py"),
+        (["train", DEBUG], "train needs --workdir=...; see train --help"),
+        (["train", "--workdir=W"], "train needs --config=..."),
+        (["train", "--workdir=W", "--config=nowhere.py"], "no file nowhere.py"),
         (["train", "--workdir=W", f"{DEBUG}:data"], "config argument 'data' is not understood"),
         (["train", "--workdir=W", DEBUG, "--config.optim.lrr=1"], 'Did you mean "lr"'),
         (["train", "--workdir=W", DEBUG, "--config.optim.lr=fast"], "lr"),
@@ -33,14 +40,14 @@ def use(capsys, *argv) -> tuple[int, str]:
         (["train", "--workdir=W", DEBUG, "--config.mesh.data=3"], "does not use the 8 devices"),
         (["train", "--workdir=/dev/null/x", f"{DEBUG}:data=SHAPES"], "/dev/null"),
         (["reconstruct", "--checkpoint=C", "--out=o.gif"], "reconstruct takes VIDEO, not none"),
-        (["reconstruct", "v.mp4", "--checkpoint=C"], "Flag --out must have a value"),
+        (["reconstruct", "v.mp4", "--checkpoint=C"], "reconstruct needs --out=..."),
         (["reconstruct", "v.mp4", "--checkpoint=C", "--out=o.jpeg"], "unknown suffix: use .gif, .mp4, .png"),
         (["reconstruct", "v.mp4", "--checkpoint=C", "--out=o.gif"], "C holds no model"),
     ],
 )
-def test_wrong_use_is_one_line_and_status_2(capsys, monkeypatch, tmp_path, shapes, argv, text):
+def test_wrong_use_is_one_line_and_status_2(use, monkeypatch, tmp_path, shapes, argv, text):
     monkeypatch.chdir(tmp_path)
-    status, error = use(capsys, *(word.replace("SHAPES", str(shapes)) for word in argv))
+    status, _, error = use(*(word.replace("SHAPES", str(shapes)) for word in argv))
     assert text in error
     assert error.startswith("videomae_jax: ")
     assert error.count("\n") == 1
@@ -48,20 +55,20 @@ def test_wrong_use_is_one_line_and_status_2(capsys, monkeypatch, tmp_path, shape
     assert list(tmp_path.rglob("*")) == []  # nothing half-made is left behind
 
 
-def test_help(capsys):
-    assert cli.main(["videomae_jax", "--help"], 0.0) == 0
-    assert "train" in capsys.readouterr().out
-    assert cli.main(["videomae_jax", "reconstruct", "--help"], 0.0) == 0
-    assert "--mask_ratio" in capsys.readouterr().out
+def test_help(use):
+    for argv, text in ((("--help",), "train"), (("reconstruct", "--help"), "--mask_ratio")):
+        status, output, _ = use(*argv)
+        assert status == 0
+        assert text in output
 
 
-def test_a_failure_of_ours_has_status_1_and_says_how_to_see_more(capsys, monkeypatch, tmp_path):
+def test_a_failure_of_ours_has_status_1_and_says_how_to_see_more(use, monkeypatch):
     def fail(*_args):
         raise RuntimeError("boom")
 
-    monkeypatch.setitem(cli._COMMANDS, "train", (cli._train_flags, (), fail))
-    status, error = use(capsys, "train", DEBUG, "--workdir=W")
+    monkeypatch.setitem(cli._COMMANDS, "train", (cli._train_flags, (), (), fail))
+    status, _, error = use("train", DEBUG, "--workdir=W")
     assert (status, error) == (1, "videomae_jax: RuntimeError: boom (--debug shows where)\n")
-    status, error = use(capsys, "train", DEBUG, "--workdir=W", "--debug")
+    status, _, error = use("train", DEBUG, "--workdir=W", "--debug")
     assert status == 1
     assert "Traceback" in error

@@ -50,5 +50,5 @@ def test_what_is_no_export_is_refused(saved, tmp_path):
         vm.load(tmp_path / "nowhere")
     file = path / "meta" / "metadata"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))
-    with pytest.raises(export.ExportError, match="has format 99 .* this version reads format 1"):
+    with pytest.raises(export.ExportError, match=r"has format 99 .* this version reads format 1"):
         vm.load(path)

@@ -31,7 +31,6 @@ def _train_flags(values: flags.FlagValues) -> None:
         "config", None, "Settings: FILE.py or FILE.py:name=value,...", flag_values=values
     )
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-    _require(values, "config", "workdir")
 
 
 def _reconstruct(values: Any, arguments: list[str], _started: float) -> None:
@@ -62,18 +61,12 @@ def _reconstruct_flags(values: flags.FlagValues) -> None:
     help_text = "Seconds into the video; default: its middle."
     flags.DEFINE_float("start", -1.0, help_text, flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of the mask.", flag_values=values)
-    _require(values, "checkpoint", "out")
 
 
-def _require(values: flags.FlagValues, *names: str) -> None:
-    for name in names:
-        flags.mark_flag_as_required(name, flag_values=values)
-
-
-# command: (define its flags, names of its arguments, run it)
-_COMMANDS: dict[str, tuple[Callable, Sequence[str], Callable]] = {
-    "train": (_train_flags, (), _train),
-    "reconstruct": (_reconstruct_flags, ("VIDEO",), _reconstruct),
+# command: (define its flags, names of its arguments, flags it cannot do without, run it)
+_COMMANDS: dict[str, tuple[Callable, Sequence[str], Sequence[str], Callable]] = {
+    "train": (_train_flags, (), ("config", "workdir"), _train),
+    "reconstruct": (_reconstruct_flags, ("VIDEO",), ("checkpoint", "out"), _reconstruct),
 }
 
 
@@ -97,14 +90,15 @@ def _user_errors() -> tuple[type[Exception], ...]:
     return UserError, DecodeError, SourceError, ExportError
 
 
-def main(argv: Sequence[str], started: float) -> int:
-    """Runs one command; returns its exit status: 0, 1 (it failed) or 2 (the user can mend it)."""
+def main(started: float) -> int:
+    """Runs the command in `sys.argv`; returns its status: 0, 1 (it failed) or 2 (the user can mend it)."""
+    argv = sys.argv  # config_flags reads it too
     if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
         print(_USAGE)
         return 0 if len(argv) > 1 else 2
     if argv[1] not in _COMMANDS:
         return _complain(f"unknown command {argv[1]!r}: use {' or '.join(_COMMANDS)}")
-    define, names, command = _COMMANDS[argv[1]]
+    define, names, needed, command = _COMMANDS[argv[1]]
     values = flags.FlagValues()
     flags.DEFINE_bool("debug", False, "Show tracebacks.", flag_values=values)
     flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
@@ -115,10 +109,14 @@ def main(argv: Sequence[str], started: float) -> int:
     flags.FLAGS.mark_as_parsed()  # Grain reads absl's global flags
     debug = any(flag in argv for flag in ("--debug", "--debug=true"))
     try:
+        _check_config_file(argv)
         arguments = values([argv[0], *argv[2:]])[1:]
         if len(arguments) != len(names):
             expected = " ".join(names) or "no argument"
             return _complain(f"{argv[1]} takes {expected}, not {' '.join(arguments) or 'none'}")
+        missing = [f"--{name}=..." for name in needed if values[name].value is None]
+        if missing:
+            return _complain(f"{argv[1]} needs {' and '.join(missing)}; see {argv[1]} --help")
         command(values, arguments, started)
     except KeyboardInterrupt:
         return _complain("interrupted: the same command resumes from the last checkpoint", 130)
@@ -131,6 +129,14 @@ def main(argv: Sequence[str], started: float) -> int:
     return 0
 
 
+def _check_config_file(argv: Sequence[str]) -> None:
+    for word in argv:
+        if word.startswith("--config="):
+            path = word.partition("=")[2].partition(":")[0]
+            if not os.path.isfile(path):
+                raise flags.Error(f"--config: no file {path}; the configs are in the folder configs")
+
+
 def _explain(error: Exception, debug: bool) -> int:
     """One line for what is not known to be the user's; config files raise what they like."""
     if debug:
@@ -139,7 +145,8 @@ def _explain(error: Exception, debug: bool) -> int:
     frames = traceback.extract_tb(error.__traceback__)
     in_config = any("config_flags" in frame.filename for frame in frames)
     if in_config and isinstance(error, AttributeError | KeyError | TypeError | ValueError | OSError):
-        return _complain(f"--config: {error}")
+        text = error.args[0] if isinstance(error, KeyError) else error
+        return _complain(f"--config: {text}")
     if isinstance(error, OSError):
         return _complain(str(error))
     return _complain(f"{type(error).__name__}: {error} (--debug shows where)", 1)
@@ -152,6 +159,6 @@ def _complain(text: str, status: int = 2) -> int:
 
 def entry(started: float | None = None) -> None:
     """The console script."""
-    status = main(sys.argv, time.time() if started is None else started)
+    status = main(time.time() if started is None else started)
     sys.stdout.flush()
     sys.exit(status)

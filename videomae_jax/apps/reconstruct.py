@@ -228,10 +228,12 @@ def run(
         clip = augment.centre_crop(opened.read(wanted), (height, width))
         fps = opened.fps / recipe["stride"] or 8.0
     keys = jax.random.split(jax.random.key(seed), 1)
-    visible, hidden = masking.indices(keys, recipe["mask"], model.config.grid, recipe["mask_ratio"])
-    default = "true" if recipe["normalize_target"] else "raw"
-    panels = reconstruct(
-        model, clip[None], visible, hidden, recipe["normalize_target"], statistics or default
-    )
+    normalized = recipe["normalize_target"]
+    statistics = statistics or ("true" if normalized else "raw")
+    try:
+        indices = masking.indices(keys, recipe["mask"], model.config.grid, recipe["mask_ratio"])
+        panels = reconstruct(model, clip[None], *indices, normalized, statistics)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     write(panels, [pathlib.Path(video).name], path, fps=min(max(fps, 2.0), 30.0))
     return panels

@@ -42,7 +42,10 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
     """
     phases = _Phases(started)
     with _Interrupt() as interrupt:
-        mesh = sharding.make_mesh(**config.mesh)
+        try:
+            mesh = sharding.make_mesh(**config.mesh)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         _check_batch(config, mesh)
         task = tasks.make_task(config)
         phases.end("set-up")
@@ -274,12 +277,11 @@ def _claim(workdir: pathlib.Path, config: Config, source: VideoSource) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
     ours = {"config": config.to_dict(), "data": source.fingerprint(), "videos": len(source)}
-    if not path.exists():
-        others = [d.name for d in workdir.iterdir()]
-        if "checkpoints" in others or "log.jsonl" in others:
-            raise UserError(f"{workdir} holds a run without its config.json: use another --workdir")
-        report.write_json(path, ours)
+    if not any(d.name.isdigit() for d in workdir.glob("checkpoints/*")):
+        report.write_json(path, ours)  # nothing saved yet, nothing to protect
         return
+    if not path.exists():
+        raise UserError(f"{workdir} holds checkpoints but no config.json: use another --workdir")
     theirs = json.loads(path.read_text())
     changed = settings.differences(theirs["config"], ours["config"])
     if changed:

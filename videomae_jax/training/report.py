@@ -80,9 +80,11 @@ class Report:
         self._steps += 1
         self._window_steps += 1
         self._bar.update()
+        now = time.perf_counter()
+        if self._steps == 1:  # what the first step compiles says nothing about speed
+            self._start, self._waited = now, 0.0
         if step % self.every and step != self.total:
             return
-        now = time.perf_counter()
         seconds = max(now - self._window_start, 1e-9)
         clips_per_second = self._window_steps * self.batch_size / seconds
         self.last = {
@@ -103,14 +105,15 @@ class Report:
         )
         self._bar.set_postfix_str(text)
         if self._bar.disable:
-            left = (self.total - step) / self._steps * (now - self._start)
-            say(f"step {step}/{self.total}  {text}  {left:.0f} s left")
+            speed = self.totals()["clips_per_second"]
+            left = f"  {(self.total - step) * self.batch_size / speed:.0f} s left" if speed else ""
+            say(f"step {step}/{self.total}  {text}{left}")
 
     def totals(self) -> dict[str, float]:
-        """clips_per_second and data_wait (share of time) since the first step of this process."""
+        """clips_per_second and data_wait (share of time) after the first step of this process."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
         return {
-            "clips_per_second": self._steps * self.batch_size / seconds,
+            "clips_per_second": (self._steps - 1) * self.batch_size / seconds,
             "data_wait": self._waited / seconds,
         }
 
@@ -125,9 +128,9 @@ class Report:
         self._log.close()
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> int:
     """The step of a log line; a line cut off by a kill counts as beyond every step."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
-        return float("inf")
+        return sys.maxsize

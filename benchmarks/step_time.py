@@ -1,0 +1,204 @@
+"""Time of a pretraining step against the Hugging Face PyTorch model, in the same run on the same device.
+
+    .venv/bin/python benchmarks/step_time.py --size=small --batch=4          (needs the extra [torch])
+    .venv/bin/python benchmarks/step_time.py --compile-time                  (compile time by depth; no peer)
+
+Both sides do the same work: raw uint8 clips in, 16 x 224 x 224, tube mask 0.9, normalised target, loss, every
+gradient, one AdamW update. Steps alternate A B A B ...; the figure to quote is the median of the ratios of
+pairs. Prints one table and one JSON line. On a GPU both compute in bfloat16 (PyTorch by autocast).
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from videomae_jax import config as settings
+from videomae_jax import sharding
+from videomae_jax.models import masking, vit
+from videomae_jax.models.mae import VideoMAEConfig
+from videomae_jax.training import optim, step, tasks
+
+CLIP = (16, 224, 224)
+
+
+def make_task(size: vit.Size, dtype: str, unroll: int) -> tasks.Pretrain:
+    """The published pretraining task of a size."""
+    model = VideoMAEConfig(
+        clip_size=CLIP,
+        tubelet=(2, size.patch, size.patch),
+        pixel_mean=settings.IMAGENET_MEAN,
+        pixel_std=settings.IMAGENET_STD,
+        encoder=size.encoder,
+        decoder=size.decoder,
+        compute=vit.Compute(dtype=dtype, unroll=unroll),
+    )
+    return tasks.Pretrain(model, "tube", 0.9, True, "mse", stride=4)
+
+
+def flops_per_clip(model: VideoMAEConfig, visible: int, hidden: int) -> float:
+    """Floating-point operations of a clip's forward and backward pass: matmuls only, two per multiply-add."""
+    voxels = int(np.prod(model.tubelet)) * model.channels
+
+    def blocks(stack: vit.Stack, tokens: int) -> float:
+        per_token = 4 * stack.width**2 + 2 * stack.width * stack.mlp_dim + 2 * tokens * stack.width
+        return stack.depth * tokens * per_token
+
+    encoder, decoder = model.encoder, model.decoder
+    forward = (
+        visible * voxels * encoder.width
+        + blocks(encoder, visible)
+        + visible * encoder.width * decoder.width
+        + blocks(decoder, visible + hidden)
+        + hidden * decoder.width * voxels
+    )
+    return 6.0 * forward
+
+
+def our_step(task: tasks.Pretrain, video: np.ndarray):
+    """A function that runs one step and waits for it, and the seconds it took to compile."""
+    mesh = sharding.make_mesh(-1, 1, 1)
+    tx = optim.adamw((0.9, 0.95), 1e-8, 0.05, 0.0)
+    state, shardings = step.init_state(task.init, tx, mesh, seed=0)
+    train_step = step.make_train_step(task.loss, tx, lambda _: jnp.float32(1e-4), mesh, shardings)
+    rows = len(video)
+    batch = sharding.global_batch(
+        mesh,
+        {"video": video, "index": np.arange(rows, dtype=np.uint32), "weight": np.ones(rows, np.float32)},
+    )
+    root = jax.random.key(0)
+    started = time.perf_counter()
+    compiled = train_step.lower(state, batch, root).compile()
+    seconds = time.perf_counter() - started
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = compiled(state, batch, root)
+        return float(metrics["loss"])
+
+    return run, seconds
+
+
+def their_step(size: vit.Size, video: np.ndarray, mask: np.ndarray, compiled: bool):
+    """The same step of `transformers.VideoMAEForPreTraining` with SDPA attention."""
+    import torch
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder, decoder = size.encoder, size.decoder
+    model = transformers.VideoMAEForPreTraining(
+        transformers.VideoMAEConfig(
+            image_size=CLIP[1],
+            patch_size=size.patch,
+            num_frames=CLIP[0],
+            hidden_size=encoder.width,
+            num_hidden_layers=encoder.depth,
+            num_attention_heads=encoder.num_heads,
+            intermediate_size=encoder.mlp_dim,
+            decoder_hidden_size=decoder.width,
+            decoder_num_hidden_layers=decoder.depth,
+            decoder_num_attention_heads=decoder.num_heads,
+            decoder_intermediate_size=decoder.mlp_dim,
+            norm_pix_loss=True,
+            attn_implementation="sdpa",
+        )
+    ).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
+    forward = torch.compile(model) if compiled else model
+    raw = torch.from_numpy(video).to(device)
+    hidden = torch.from_numpy(mask.copy()).to(device)
+    mean, std = (
+        torch.tensor(x, device=device)[:, None, None] for x in (settings.IMAGENET_MEAN, settings.IMAGENET_STD)
+    )
+
+    def run() -> float:
+        pixels = (raw.permute(0, 1, 4, 2, 3).float() / 255 - mean) / std
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = forward(pixels, bool_masked_pos=hidden).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return run
+
+
+def timed(run) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Prints the table and the JSON line of one size."""
+    size = vit.SIZES[arguments.size]
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    task = make_task(size, dtype, arguments.unroll)
+    rng = np.random.default_rng(0)
+    video = rng.integers(0, 256, (arguments.batch, *CLIP, 3), dtype=np.uint8)
+    visible, hidden = masking.counts("tube", task.model.grid, 0.9)
+    keys = jax.random.split(jax.random.key(0), arguments.batch)
+    _, indices = masking.indices(keys, "tube", task.model.grid, 0.9)
+    mask = np.asarray(masking.to_mask(indices, visible + hidden))
+    ours, compile_seconds = our_step(task, video)
+    theirs = their_step(size, video, mask, arguments.torch_compile)
+    for run in (ours, theirs):
+        run(), run()
+    pairs = [(timed(ours), timed(theirs)) for _ in range(arguments.pairs)]
+    ours_seconds, their_seconds = (statistics.median(side) for side in zip(*pairs, strict=True))
+    flops = flops_per_clip(task.model, visible, hidden) * arguments.batch
+    result = {
+        "size": arguments.size,
+        "batch": arguments.batch,
+        "dtype": dtype,
+        "device": jax.devices()[0].device_kind,
+        "ours_seconds": ours_seconds,
+        "theirs_seconds": their_seconds,
+        "speedup": statistics.median(b / a for a, b in pairs),
+        "ours_clips_per_second": arguments.batch / ours_seconds,
+        "ours_tflops": flops / ours_seconds / 1e12,
+        "compile_seconds": compile_seconds,
+        "torch_compile": arguments.torch_compile,
+        "pairs": arguments.pairs,
+    }
+    print(f"{'':12}{'s/step':>10}{'clips/s':>10}{'TFLOP/s':>10}")
+    for name, seconds in (("videomae_jax", ours_seconds), ("PyTorch", their_seconds)):
+        print(f"{name:12}{seconds:10.3f}{arguments.batch / seconds:10.2f}{flops / seconds / 1e12:10.3f}")
+    print(f"median of {arguments.pairs} ratios: {result['speedup']:.2f} times the peer's speed")
+    print(json.dumps(result))
+
+
+def compile_time() -> None:
+    """Prints seconds to compile the step of ViT-S by encoder depth; the loop over layers keeps them alike."""
+    video = np.zeros((jax.device_count(), *CLIP, 3), np.uint8)
+    seconds = {}
+    for depth in (4, 8, 24, 32):
+        size = vit.SIZES["small"]
+        size = dataclasses.replace(size, encoder=dataclasses.replace(size.encoder, depth=depth))
+        _, seconds[depth] = our_step(make_task(size, "float32", 1), video)
+        print(f"depth {depth:3}: {seconds[depth]:6.2f} s")
+    ratios = {"24_over_4": seconds[24] / seconds[4], "32_over_8": seconds[32] / seconds[8]}
+    print(json.dumps({"compile_seconds": seconds, **ratios}))
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--size", default="small", choices=["small", "base", "large", "huge"])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--unroll", type=int, default=1)
+    parser.add_argument("--torch-compile", action="store_true")
+    parser.add_argument("--compile-time", action="store_true")
+    arguments = parser.parse_args()
+    compile_time() if arguments.compile_time else compare(arguments)
+
+
+if __name__ == "__main__":
+    main()
