@@ -39,6 +39,7 @@ setup(
             "hypothesis>=6.100",
             "pyright[nodejs]>=1.1.390",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "safetensors>=0.4",
         ],

@@ -49,7 +49,7 @@ if [[ "${1:-}" == test ]]; then
   shift
   install "dev${EXTRAS:+,$EXTRAS}"
   cd "$root"
-  exec "$venv/bin/python" -m pytest -q "$@"
+  exec "$venv/bin/python" -m pytest -q -n auto "$@"
 fi
 install "${EXTRAS:-}"
 exec "$venv/bin/python" -m videomae_jax "$@"

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import resource
 import signal
 import subprocess
 import sys
@@ -41,14 +40,14 @@ def start(shapes, tmp_path_factory):
     cache = tmp_path_factory.mktemp("xdg")
     running = []
 
-    def run(workdir, *flags, **options) -> subprocess.Popen:
+    def run(workdir, *flags, kib_per_file="unlimited") -> subprocess.Popen:
+        limit = ["bash", "-c", f'ulimit -f {kib_per_file}; exec "$@"', "bash"]
         process = subprocess.Popen(
-            command(shapes, workdir, *flags),
+            limit + command(shapes, workdir, *flags),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"},
-            **options,
         )
         running.append(process)
         return process
@@ -171,8 +170,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(start, undisturbed, t
     wait_for(process, lambda: (workdir / "checkpoints" / "10").is_dir())
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
-    process = start(workdir, "--config.checkpoint.keep_last=9", preexec_fn=limit)
+    process = start(workdir, "--config.checkpoint.keep_last=9", kib_per_file=20)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 2, output
     (line,) = [line for line in output.splitlines() if line.startswith("videomae_jax: ")]
@@ -264,11 +262,28 @@ def test_skipped_steps_are_written_down_and_limited(shapes, tmp_path, debug_conf
         loop.run(debug_config, tmp_path, time.time())
     lines = (tmp_path / "skipped_steps.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
-    assert [entry["step"] for entry in entries] == [0, 1, 2]
+    assert [entry["step"] for entry in entries] == [1, 2, 3]
     assert entries[1]["index"] == list(range(8, 16))
     assert len(entries[1]["videos"]) == 8
     root = jax.random.wrap_key_data(jnp.asarray(entries[1]["root_key"], jnp.uint32))
     assert root == jax.random.key(debug_config.seed)
+
+
+def test_checkpoints_kept(shapes, tmp_path, debug_config):
+    debug_config.optim.duration = 12
+    debug_config.checkpoint.update(every=2, keep_last=1, keep_every=6)
+    loop.run(debug_config, tmp_path, time.time())
+    kept = {int(d.name) for d in (tmp_path / "checkpoints").iterdir() if d.name.isdigit()}
+    assert {6, 12} <= kept
+    assert not kept & {2, 4, 8, 10}
+
+
+def test_a_run_that_saved_nothing_is_begun_anew(shapes, tmp_path, debug_config):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "log.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"ste')
+    debug_config.optim.duration = 4
+    loop.run(debug_config, tmp_path, time.time())
+    assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_batches_must_divide_over_the_devices(tmp_path, debug_config):

@@ -56,7 +56,10 @@ def assert_trees_close(left, right, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), left, right)
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(2, 1), (4, 1), (8, 1), (2, 4)])
+@pytest.mark.parametrize(
+    ("data", "fsdp"),
+    [pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.slow), (8, 1), (2, 4)],
+)
 def test_any_layout_gives_the_same_loss_and_update(data, fsdp):
     one, metrics = run(mesh_of(1), batch_of())
     mesh = mesh_of(data, fsdp)

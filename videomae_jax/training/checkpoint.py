@@ -14,6 +14,8 @@ from videomae_jax.training.step import TrainState
 class Checkpoints:
     """WORKDIR/checkpoints/STEP with the items `params`, `optimizer` (and step), and `meta` (JSON).
 
+    Use it as a context manager.
+
     Args:
         keep_last: how many of the newest to keep.
         keep_every: keep those of every so many steps for ever; 0: none.
@@ -93,6 +95,9 @@ class Checkpoints:
         state = TrainState(optimizer["step"], restored["params"], optimizer["opt_state"])
         return state, restored["meta"]
 
-    def close(self) -> None:
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
         """Waits for a save in progress and releases the manager's threads."""
         self._manager.close()

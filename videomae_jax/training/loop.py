@@ -65,71 +65,85 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
     return summary
 
 
-def _train(config, workdir, task, source, schedule, mesh, interrupt, phases):
-    """The loop itself; returns the final state and the figures of the last logged step."""
+def _train(
+    config: Config,
+    workdir: pathlib.Path,
+    task: tasks.Pretrain,
+    source: VideoSource,
+    schedule: settings.Schedule,
+    mesh: jax.sharding.Mesh,
+    interrupt: "_Interrupt",
+    phases: "_Phases",
+) -> tuple[step.TrainState, dict[str, Any]]:
+    """Restores or initialises, then steps; returns the final state and the figures for the summary."""
     tx = optim.adamw(
         config.optim.betas, config.optim.epsilon, config.optim.weight_decay, config.optim.clip_norm
     )
-    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, schedule.keep_steps)
-    root = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
     bad = BadVideos(source, config.data.max_bad_fraction)
-    if checkpoints.latest_step is None:
-        state, shardings = step.init_state(task.init, tx, mesh, config.seed)
-    else:
-        abstract, shardings = step.abstract_state(task.init, tx, mesh)
-        state, meta = checkpoints.restore(abstract, shardings)
-        bad.reasons.update(meta["bad_videos"])
-        report.say(f"resuming from step {int(state.step)} in {checkpoints.folder}")
-    rate = optim.schedule(schedule.peak_lr, schedule.end_lr, schedule.warmup_steps, schedule.total_steps)
-    train_step = step.make_train_step(task.loss, tx, rate, mesh, shardings)
-    start = int(state.step)
-    dataset = pipeline.batches(
-        source,
-        task.clip_transform,
-        seed=config.seed,
-        batch_size=config.data.batch_size,
-        start_step=start,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-    )
-    log = report.Report(workdir, start, schedule.total_steps, config.data.batch_size, config.log.steps)
-    guard = _Guard(workdir, source, root, config.optim.max_skipped)
-    meta = task.metadata()
-    phases.end("restore")
-    batches = prefetch(dataset, mesh, config.data.workers, config.data.threads)
-    try:
-        pending = None
-        for number in range(start, schedule.total_steps):
-            waiting = time.perf_counter()
-            batch, host_fields = next(batches)
-            log.waited(time.perf_counter() - waiting)
-            bad.count(host_fields)
-            with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                state, metrics = train_step(state, batch, root)
-            # The step before has finished by now, or nearly so: the device is never kept waiting.
-            if pending is not None:
-                log.step(number, guard.look(*pending))
-            pending = (number, metrics, host_fields)
-            if number == start:
-                jax.block_until_ready(metrics)
-                phases.end("first step")
-            if (number + 1) % schedule.checkpoint_steps == 0 or interrupt.is_set:
-                checkpoints.save(state, meta | {"bad_videos": bad.reasons})
-            if interrupt.is_set:
-                break
-        if pending is not None:
-            log.step(pending[0] + 1, guard.look(*pending))
-        checkpoints.save(state, meta | {"bad_videos": bad.reasons})
-        checkpoints.wait()
-        phases.end("steps")
-    finally:
-        batches.close()
-        log.close()
-        checkpoints.close()
-    return state, log.last | log.totals() | {
+    with checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, schedule.keep_steps) as checkpoints:
+        if checkpoints.latest_step is None:
+            state, shardings = step.init_state(task.init, tx, mesh, config.seed)
+        else:
+            abstract, shardings = step.abstract_state(task.init, tx, mesh)
+            state, meta = checkpoints.restore(abstract, shardings)
+            bad.reasons.update(meta["bad_videos"])
+            report.say(f"resuming from step {int(state.step)} in {checkpoints.folder}")
+        rate = optim.schedule(schedule.peak_lr, schedule.end_lr, schedule.warmup_steps, schedule.total_steps)
+        train_step = step.make_train_step(task.loss, tx, rate, mesh, shardings)
+        start = int(state.step)
+        root = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
+        log = report.Report(workdir, start, schedule.total_steps, config.data.batch_size, config.log.steps)
+        guard = _Guard(workdir, source, root, config.optim.max_skipped, start)
+        dataset = pipeline.batches(
+            source,
+            task.clip_transform,
+            seed=config.seed,
+            batch_size=config.data.batch_size,
+            start_step=start,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        )
+        phases.end("restore")
+        batches = prefetch(dataset, mesh, config.data.workers, config.data.threads)
+
+        def finish_step(number: int, metrics: step.Metrics, host_fields: dict[str, np.ndarray]) -> None:
+            log.step(number + 1, guard.look(number, metrics, host_fields))
+
+        try:
+            pending = None
+            for number in range(start, schedule.total_steps):
+                waiting = time.perf_counter()
+                batch, host_fields = next(batches)
+                log.waited(time.perf_counter() - waiting)
+                bad.count(host_fields)
+                with jax.profiler.StepTraceAnnotation("train", step_num=number):
+                    state, metrics = train_step(state, batch, root)
+                # The step before has finished by now, or nearly so: the device is never kept waiting.
+                if pending is not None:
+                    finish_step(*pending)
+                pending = (number, metrics, host_fields)
+                if number == start:
+                    jax.block_until_ready(metrics)
+                    phases.end("first step")
+                last = interrupt.is_set or number + 1 == schedule.total_steps
+                if last or (number + 1) % schedule.checkpoint_steps == 0:
+                    # Logged before it is saved, so that no resumed log lacks a line.
+                    finish_step(*pending)
+                    pending = None
+                    checkpoints.save(state, task.metadata() | {"bad_videos": bad.reasons})
+                if last:
+                    break
+            checkpoints.wait()
+            phases.end("steps")
+        finally:
+            batches.close()
+            log.close()
+    figures = {
+        "step": int(state.step),
         "bad_videos": dict(sorted(bad.reasons.items())),
         "skipped_steps": guard.skipped,
     }
+    return state, log.last | log.totals() | figures
 
 
 def prefetch(
@@ -191,10 +205,13 @@ def _round_up(fraction: float) -> float:
 class _Guard:
     """Fetches metrics and records steps that changed nothing because loss or gradient were not finite."""
 
-    def __init__(self, workdir: pathlib.Path, source: VideoSource, root: jax.Array, limit: int):
+    def __init__(
+        self, workdir: pathlib.Path, source: VideoSource, root: jax.Array, limit: int, start_step: int
+    ):
         self.path, self.source, self.limit = workdir / "skipped_steps.jsonl", source, limit
         self.root = np.asarray(jax.random.key_data(root)).tolist()
-        self.skipped, self._in_a_row = 0, 0
+        self.skipped = report.keep_lines(self.path, start_step)
+        self._in_a_row = 0
 
     def look(self, number: int, metrics: Any, host_fields: dict) -> dict[str, float]:
         """The metrics of step `number` (from 0) as numbers.
@@ -209,7 +226,7 @@ class _Guard:
         self.skipped += 1
         self._in_a_row += 1
         entry = {
-            "step": number,
+            "step": number + 1,
             **{name: repr(values[name]) for name in ("loss", "grad_norm", "clips")},
             "videos": [self.source.ids[record] for record in host_fields["record"]],
             "index": host_fields["index"].tolist(),

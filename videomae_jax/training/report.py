@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 import tensorboardX
 import tqdm
 
@@ -18,6 +17,20 @@ def write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(data, indent=2) + "\n")
     os.replace(partial, path)
+
+
+def keep_lines(path: pathlib.Path, last_step: int) -> int:
+    """Removes the lines of a .jsonl file whose `step` lies beyond `last_step`; returns how many stay.
+
+    They come from a run that was killed after its last checkpoint, and will be written again.
+    """
+    if not path.exists():
+        return 0
+    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    os.replace(partial, path)
+    return len(kept)
 
 
 def say(text: str) -> None:
@@ -39,8 +52,7 @@ def memory_gib() -> float:
 class Report:
     """Turns metrics of finished steps into lines; counts time spent waiting for data.
 
-    Lines of `log.jsonl` past `start_step`, left by a run that was killed after its last checkpoint, are
-    removed: the log of a resumed run is that of an undisturbed one.
+    The log of a resumed run is that of an undisturbed one: see `keep_lines`.
 
     Args:
         every: steps from one logged step to the next.
@@ -50,11 +62,7 @@ class Report:
     def __init__(self, workdir: pathlib.Path, start_step: int, total_steps: int, batch_size: int, every: int):
         self.path = workdir / "log.jsonl"
         self.total, self.batch_size, self.every = total_steps, batch_size, every
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= start_step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        os.replace(partial, self.path)
+        keep_lines(self.path, start_step)
         self._log = self.path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
         self._bar = tqdm.tqdm(
@@ -116,10 +124,6 @@ class Report:
             "clips_per_second": (self._steps - 1) * self.batch_size / seconds,
             "data_wait": self._waited / seconds,
         }
-
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        """Puts a uint8 [H, W, 3] image into TensorBoard."""
-        self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Ends the bar and the files."""

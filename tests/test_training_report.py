@@ -1,0 +1,80 @@
+"""What a run writes down: lines, their order after a resume, and figures that leave compiling out."""
+
+import json
+import pty
+import termios
+import time
+
+import pytest
+
+from videomae_jax.training import report
+
+METRICS = {"loss": 0.5, "learning_rate": 1e-3, "grad_norm": 1.0, "clips": 4.0, "skipped": 0.0}
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_every_nth_and_the_last_step_are_logged(tmp_path, capsys):
+    log = report.Report(tmp_path, 0, 7, batch_size=4, every=3)
+    for step in range(1, 8):
+        log.step(step, METRICS)
+    log.close()
+    assert [line["step"] for line in lines(tmp_path)] == [3, 6, 7]
+    assert set(lines(tmp_path)[0]) == {"step", *METRICS, "clips_per_second", "data_wait", "memory_gib"}
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3
+    for part in ("step 6/7", "loss 0.5000", "lr 1.00e-03", "clips/s", "waiting for data", "s left"):
+        assert part in printed[1]
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_the_first_step_is_not_throughput(tmp_path):
+    log = report.Report(tmp_path, 0, 3, batch_size=10, every=10)
+    log.waited(5.0)
+    time.sleep(0.3)
+    log.step(1, METRICS)
+    time.sleep(0.05)
+    log.waited(0.02)
+    log.step(2, METRICS)
+    log.step(3, METRICS)
+    totals = log.totals()
+    log.close()
+    assert totals["clips_per_second"] > 20 / 0.3
+    assert totals["data_wait"] < 0.5
+
+
+def test_lines_beyond_a_checkpoint_and_broken_ones_are_removed(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    assert report.keep_lines(path, 2) == 2
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert report.keep_lines(tmp_path / "none.jsonl", 2) == 0
+
+
+def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 120))
+    with open(follower, "w") as terminal, open(leader, "rb", buffering=0) as screen:
+        monkeypatch.setattr("sys.stderr", terminal)
+        log = report.Report(tmp_path, 0, 4, batch_size=4, every=1)
+        for step in range(1, 5):
+            log.step(step, METRICS)
+        log.close()
+        terminal.write("end of the run")
+        terminal.flush()
+        shown = ""
+        while "end of the run" not in shown:
+            shown += screen.read(4096).decode()
+    for part in ("4/4", "loss 0.5000", "clips/s", "left"):
+        assert part in shown
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "summary.json"
+    report.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        report.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert report.memory_gib() > 0
