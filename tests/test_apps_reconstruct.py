@@ -102,6 +102,15 @@ def test_trivial_predictions(video, mask):
     np.testing.assert_allclose(pixels["nearest_visible"][1, 2] * 255, raw[1, nearest[1, 2]], atol=1e-3)
 
 
+def test_many_clips_go_through_the_device_in_parts(model, video, mask):
+    many, masks = np.tile(video, (5, 1, 1, 1, 1)), jnp.tile(mask, (5, 1))
+    panels = run(model, many, masks, False, "raw")
+    assert len(many) > reconstruct._CLIPS_AT_ONCE
+    few = run(model, video, mask, False, "raw")
+    np.testing.assert_array_equal(panels.reconstructed[8:], few.reconstructed)
+    np.testing.assert_allclose(panels.errors["hidden"][8:], few.errors["hidden"], rtol=1e-5)
+
+
 def test_nearest_visible_by_brute_force(mask):
     visible, hidden = masking.from_mask(mask)
     nearest = reconstruction.nearest_visible(visible, hidden, CONFIG.grid)

@@ -45,10 +45,14 @@ def test_the_cache_is_used_again(shapes, monkeypatch):
     assert moving_shapes.generate(SPEC, shapes.parent, processes=1) == shapes
 
 
-def test_nothing_is_left_when_generation_fails(tmp_path):
+def test_nothing_is_left_when_generation_fails_or_was_killed(shapes, tmp_path):
+    name = shapes.name
+    (tmp_path / "killed" / f"{name}.partial-99999999").mkdir(parents=True)
+    moving_shapes.generate(SPEC, tmp_path / "killed", processes=1)
+    assert [d.name for d in (tmp_path / "killed").iterdir()] == [name]
     with pytest.raises(ValueError, match="even frame size"):
-        moving_shapes.generate(moving_shapes.MovingShapes(31, 4, 8, 0), tmp_path, processes=1)
-    assert list(tmp_path.iterdir()) == []
+        moving_shapes.generate(moving_shapes.MovingShapes(31, 4, 8, 0), tmp_path / "failed", processes=1)
+    assert list((tmp_path / "failed").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from videomae_jax.models import masking, tubelets
 from videomae_jax.models.mae import VideoMAE
 
 SUFFIXES = (".gif", ".mp4", ".png")
+_CLIPS_AT_ONCE = 8  # on the device; more would need memory for attention over all tokens of each
 _LABELS = {
     "true": "reconstructed (true statistics)",
     "visible": "reconstructed (visible statistics)",
@@ -44,14 +45,14 @@ class Panels:
         """PSNR in dB over the hidden voxels of all clips: psnr_hidden, psnr_mean, psnr_nearest_visible."""
         return {f"psnr_{name}": reconstruction.psnr(float(e.mean())) for name, e in self.errors.items()}
 
-    def first(self, count: int) -> "Panels":
-        """The first `count` clips."""
+    def select(self, clips: list[int]) -> "Panels":
+        """Those clips only."""
         return Panels(
-            self.original[:count],
-            self.masked[:count],
-            self.reconstructed[:count],
+            self.original[clips],
+            self.masked[clips],
+            self.reconstructed[clips],
             self.statistics,
-            {name: e[:count] for name, e in self.errors.items()},
+            {name: error[clips] for name, error in self.errors.items()},
         )
 
 
@@ -73,11 +74,13 @@ def reconstruct(
         ValueError: a statistics mode that does not fit the target, or a video that does not fit the model.
     """
     graphdef, params = nnx.split(model)
-    images, errors = _reconstruct(
-        graphdef, params, jnp.asarray(video), visible, hidden, normalize_target, statistics
-    )
-    masked, filled = (np.rint(np.clip(np.asarray(x), 0, 1) * 255).astype(np.uint8) for x in images)
-    errors = {name: np.asarray(error) for name, error in errors.items()}
+    parts = []
+    for start in range(0, len(video), _CLIPS_AT_ONCE):
+        rows = slice(start, start + _CLIPS_AT_ONCE)
+        clips = (jnp.asarray(video[rows]), visible[rows], hidden[rows])
+        parts.append(jax.device_get(_reconstruct(graphdef, params, *clips, normalize_target, statistics)))
+    masked, filled, errors = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+    masked, filled = (np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8) for x in (masked, filled))
     return Panels(np.asarray(video), masked, filled, statistics, errors)
 
 
@@ -107,7 +110,7 @@ def _reconstruct(graphdef, params, video, visible, hidden, normalize_target, sta
         tokens = jnp.concatenate([raw_visible / 255, filling], axis=1)
         return tubelets.unpatchify(tubelets.take(tokens, back), grid, tubelet)
 
-    return (picture(jnp.full_like(truth, 0.5)), picture(pixels["hidden"])), errors
+    return picture(jnp.full_like(truth, 0.5)), picture(pixels["hidden"]), errors
 
 
 def draw(panels: Panels, names: list[str], png: bool) -> np.ndarray:
@@ -146,7 +149,7 @@ def _titled(rows: list[np.ndarray], names: list[str], labels: list[str], text: i
     """Puts column labels above and each clip's name above its row; all frames alike."""
     frames, _, width, _ = rows[0].shape
     parts = [_caption(labels, width, text)]
-    for name, row in zip(names, rows, strict=False):
+    for name, row in zip(names, rows, strict=True):
         parts += [_caption([name], width, text), row]
     parts = [np.broadcast_to(p, (frames, *p.shape[-3:])) for p in parts]
     out = _stack(parts, gap)

@@ -123,6 +123,16 @@ def _write_part(spec: MovingShapes, folder: str, part: int, parts: int) -> None:
         _write(spec, folder, split, number)
 
 
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
 def generate(spec: MovingShapes, cache: str | os.PathLike, processes: int) -> pathlib.Path:
     """Returns the folder with the videos, in SPLIT/CLASS/NUMBER.mp4; generates it where it is not cached.
 
@@ -135,6 +145,9 @@ def generate(spec: MovingShapes, cache: str | os.PathLike, processes: int) -> pa
     folder = pathlib.Path(cache, f"moving_shapes-{name}")
     if folder.is_dir():
         return folder
+    for left in folder.parent.glob(f"{folder.name}.partial-*"):
+        if not _is_running(int(left.suffix.removeprefix(".partial-"))):
+            shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_suffix(f".partial-{os.getpid()}")
     try:
         for split in spec.splits():

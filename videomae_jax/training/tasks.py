@@ -112,9 +112,7 @@ class Pretrain:
 
         Clips and masks are the same for every run: the middle of each video, cropped to its centre.
         """
-        # Evenly spread, so that every class folder has its share.
-        count = min(len(held_out), _FINAL_CLIPS)
-        chosen = held_out.select([i * len(held_out) // count for i in range(count)])
+        chosen = held_out.select(_spread(len(held_out), _FINAL_CLIPS))
         clips, ids, bad = pipeline.middle_clips(chosen, self.clip_transform)
         if not ids:
             report.say(f"no pictures: none of the {len(chosen)} held-out videos can be decoded")
@@ -125,9 +123,10 @@ class Pretrain:
         panels = reconstruct.reconstruct(
             model, clips, visible, hidden, self.normalize_target, config.log.statistics
         )
-        drawn = panels.first(config.log.pictures)
+        drawn = _spread(len(ids), config.log.pictures)
         for suffix in (".gif", ".png"):
-            reconstruct.write(drawn, ids, workdir / f"reconstruction{suffix}")
+            names = [ids[i] for i in drawn]
+            reconstruct.write(panels.select(drawn), names, workdir / f"reconstruction{suffix}")
         figures = panels.psnr()
         report.say(
             f"PSNR of hidden tubelets in {len(ids)} held-out clips ({config.log.statistics} statistics): "
@@ -142,6 +141,12 @@ class Pretrain:
             },
             "bad_held_out_videos": bad,
         }
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """At most `count` of `total` places, evenly spread, so that every class folder has its share."""
+    count = min(total, count)
+    return [i * total // count for i in range(count)]
 
 
 def mask_key(root: Key[Array, ""]) -> Key[Array, ""]:
@@ -224,4 +229,6 @@ def _moving_shapes(generate: Config) -> pathlib.Path:
     folder = pathlib.Path(cache, "videomae_jax")
     report.say(f"moving_shapes: {generate.videos} training videos, cached in {folder}")
     spec = moving_shapes.MovingShapes(**generate)
-    return moving_shapes.generate(spec, folder, processes=len(os.sched_getaffinity(0)))
+    has_affinity = hasattr(os, "sched_getaffinity")  # Linux: the cores that this process may use
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return moving_shapes.generate(spec, folder, processes=cores)
