@@ -35,6 +35,14 @@ def test_subfolders_are_classes(tmp_path):
     ]
 
 
+def test_links_to_folders_are_followed_and_circles_end(tmp_path):
+    touch(tmp_path / "elsewhere", "1.mp4")
+    root = touch(tmp_path / "root", "run/2.mp4")
+    (root / "jump").symlink_to(tmp_path / "elsewhere")
+    (root / "run" / "up").symlink_to(root)
+    assert sources.from_folder(root).ids == ("jump/1.mp4", "run/2.mp4")
+
+
 def test_split_folders(tmp_path):
     touch(tmp_path, "train/a/1.mp4", "val/a/2.mp4")
     assert sources.open_source(str(tmp_path), "train").ids == ("a/1.mp4",)

@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 SUFFIXES = frozenset(
@@ -81,6 +81,17 @@ def split_folder(path: str, split: str) -> pathlib.Path | None:
     return next((d for name in _SPLITS[split] if (d := pathlib.Path(path, name)).is_dir()), None)
 
 
+def _files_below(folder: pathlib.Path, seen: set[pathlib.Path]) -> Iterator[pathlib.Path]:
+    """All files, also behind symbolic links to folders; a link back to a folder above it ends there."""
+    if folder.resolve() in seen:
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _files_below(entry, seen | {folder.resolve()})
+        elif entry.is_file():
+            yield entry
+
+
 def from_folder(path: str | pathlib.Path) -> VideoSource:
     """All videos below a folder; if each lies in a subfolder, the top subfolders are the classes.
 
@@ -92,8 +103,8 @@ def from_folder(path: str | pathlib.Path) -> VideoSource:
         raise SourceError(f"{root} is not a folder: pass a folder of videos or a CSV list of them")
     files = sorted(
         file.relative_to(root)
-        for file in root.rglob("*")
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+        for file in _files_below(root, set())
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
     )
     if not files:
         known = " ".join(sorted(SUFFIXES))
