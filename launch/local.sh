@@ -27,7 +27,7 @@ install() {
   local extras="$1" stamp="$venv/.installed${1:+-$1}" wanted
   wanted="$(cksum <"$root/setup.py")"
   [[ -x "$venv/bin/python" && "$(cat "$stamp" 2>/dev/null)" == "$wanted" ]] && return
-  if [[ ! -x "$venv/bin/python" ]]; then
+  if ! compgen -G "$venv/.installed*" >/dev/null; then  # none, or one that was interrupted
     local python
     python="$(find_python)"
     echo "launch/local.sh: making $venv with $("$python" --version)"

@@ -102,13 +102,25 @@ def test_arguments_may_hold_commas_and_equals_signs():
         ({"duration": 10}, 1000, "optim.warmup=40 and optim.duration=10 epochs"),
         ({"duration": 0, "warmup": 0}, 1000, "must be positive"),
         ({"duration": 2**30}, 1000, "pass the limit"),
+        ({"every": 20, "keep_every": 30}, 1000, "every=20 must be positive and divide"),
+        ({"every": 0}, 1000, "every=0 must be positive"),
     ],
 )
 def test_schedules_that_cannot_be(changes, videos, text):
     c = settings.defaults()
-    c.optim.update(changes)
+    for key, value in changes.items():
+        (c.checkpoint if "every" in key else c.optim)[key] = value
     with pytest.raises(settings.UserError, match=text):
         settings.finalize(c, videos)
+
+
+@pytest.mark.parametrize("key", ["log.steps", "log.pictures", "data.stride", "mesh.fsdp"])
+def test_counts_that_are_too_small(key):
+    c = settings.defaults()
+    section, name = key.split(".")
+    c[section][name] = 0
+    with pytest.raises(settings.UserError, match=f"{key}=0 must be at least 1"):
+        settings.check_bounds(c)
 
 
 def test_differences_name_what_a_result_depends_on():
@@ -132,11 +144,13 @@ def test_differences_name_what_a_result_depends_on():
         ("data", {"size": (33, 32)}, r"\(8, 33, 32\) cannot be cut"),
         ("model", {"position_resize": "x"}, "unknown position_resize"),
         ("model", {"dtype": "float8"}, "unknown dtype 'float8'"),
+        ("model", {"tubelet": (2, 8)}, "must be three positive sizes"),
+        ("log", {"statistics": "visble"}, "log.statistics=visble is unknown"),
         ("loss", {"kind": "huber"}, "loss.kind='huber' is unknown"),
         ("loss", {"normalize_target": False}, "log.statistics=true is for normalised targets"),
     ],
 )
-def test_settings_that_do_not_fit_together(section, change, text):
+def test_settings_that_do_not_fit_together(untyped, section, change, text):
     c = load_config("debug")
     c[section].update(change)
     with pytest.raises(settings.UserError, match=text):

@@ -62,6 +62,7 @@ FORMS = {
     "long_gop.mp4": dict(codec="libx264", g=250, bf=3),
     "short_gop.mkv": dict(codec="libx264", g=4, bf=2),
     "intra.mp4": dict(codec="libx264", g=1),
+    "intra_refresh.mp4": {"codec": "libx264", "x264-params": "intra-refresh=1:keyint=10:bframes=0"},
     "packed.avi": dict(codec="mpeg4", bf=2, g=12),
     "stream.ts": dict(codec="mpeg2video", g=6, bf=2),
     "motion.mov": dict(codec="mpeg4", g=30),
@@ -94,6 +95,14 @@ def test_bytes_and_files_are_the_same(tmp_path):
     path = clips.write(tmp_path / "a.mp4", clips.numbered_frames(12))
     with open(path, "rb") as file, decode.Video(file.read()) as video:
         np.testing.assert_array_equal(video.read([3, 9]), decode.read_clip(path, [3, 9]))
+
+
+def test_a_colon_is_no_protocol(tmp_path, monkeypatch):
+    clips.write(tmp_path / "a.mp4", clips.numbered_frames(3)) and (tmp_path / "a.mp4").rename(
+        tmp_path / "a:b.mp4"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert len(decode.read_clip("a:b.mp4", [0, 2])) == 2
 
 
 def test_frames_by_time(tmp_path):

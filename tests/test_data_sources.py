@@ -47,6 +47,8 @@ def test_split_folders(tmp_path):
     touch(tmp_path, "train/a/1.mp4", "val/a/2.mp4")
     assert sources.open_source(str(tmp_path), "train").ids == ("a/1.mp4",)
     assert sources.open_source(str(tmp_path), "validation").ids == ("a/2.mp4",)
+    touch(tmp_path / "classes", "train/1.mp4", "bus/2.mp4")
+    assert sources.open_source(str(tmp_path / "classes"), "train").classes == ("bus", "train")
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,8 @@ def test_split_folders(tmp_path):
         ("label\tpath\n0\ta.mp4\n0\tb b.mp4\n", None, (0, 0), "0"),
         ("a.mp4\nb b.mp4\n", None, (-1, -1), ""),
         ("\ufeffpath\na.mp4\n\nb b.mp4\n", None, (-1, -1), ""),
+        ("a.mp4,10\nb b.mp4,\n", None, (10, -1), tuple(str(i) for i in range(11))),
+        ("b b.mp4\na.mp4\n", ("b b.mp4", "a.mp4"), (-1, -1), ""),
         ('"a.mp4","1"\n"b b.mp4","0"\n', None, (1, 0), "01"),
     ],
 )

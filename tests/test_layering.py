@@ -15,7 +15,9 @@ MAY = {
     "evaluation": {"evaluation", "models"},
     "interop": {"interop", "models"},
     "apps": {"apps", "config", "data", "evaluation", "interop", "models"},
-    "training": {"training", "apps", "config", "data", "interop", "models", "sharding"},
+    "training": {
+        *("training", "apps", "config", "data", "evaluation", "interop", "models", "sharding"),
+    },
     "cli": {"apps", "config", "data", "interop", "training"},
     "__main__": {"cli"},
     "__init__": {"interop", "models"},

@@ -187,8 +187,15 @@ def test_resume_of_a_finished_run_changes_nothing(shapes, tmp_path, debug_config
     params = nnx.to_pure_dict(nnx.state(vm.load(tmp_path), nnx.Param))
     again = loop.run(debug_config, tmp_path, time.time())
     jax.tree.map(np.testing.assert_array_equal, params, nnx.to_pure_dict(nnx.state(vm.load(tmp_path))))
-    assert again["reconstruction"] == first["reconstruction"]
+    assert again == first
     assert len(logged(tmp_path)) == 6
+
+
+def test_a_disk_too_full_for_the_log_is_one_line_too(start, tmp_path):
+    process = start(tmp_path / "full", "--config.checkpoint.every=1000", kib_per_file=3)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2, output
+    assert "cannot be written" in output.splitlines()[-1]
 
 
 @pytest.fixture

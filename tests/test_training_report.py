@@ -2,10 +2,12 @@
 
 import json
 import pty
+import struct
 import termios
 import time
 
 import pytest
+from tensorboardX.proto import event_pb2
 
 from videomae_jax.training import report
 
@@ -28,6 +30,24 @@ def test_every_nth_and_the_last_step_are_logged(tmp_path, capsys):
     for part in ("step 6/7", "loss 0.5000", "lr 1.00e-03", "clips/s", "waiting for data", "s left"):
         assert part in printed[1]
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_tensorboard_events_read_back(tmp_path):
+    log = report.Report(tmp_path, 0, 2, batch_size=4, every=1)
+    log.step(1, METRICS)
+    log.step(2, {**METRICS, "loss": float("nan"), "skipped": 1.0})
+    log.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, events = path.read_bytes(), []
+    while data:  # TFRecord: length, its checksum, the event, its checksum
+        (length,) = struct.unpack("<Q", data[:8])
+        events.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    assert "brain.Event:2" in {event.file_version for event in events}
+    points = {(e.step, v.tag): v.simple_value for e in events for v in e.summary.value}
+    assert points[1, "loss"] == 0.5
+    assert {tag for _, tag in points} == {*METRICS, "clips_per_second", "data_wait", "memory_gib"}
+    assert lines(tmp_path)[1]["loss"] is None  # NaN is not JSON
 
 
 def test_the_first_step_is_not_throughput(tmp_path):

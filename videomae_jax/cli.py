@@ -157,8 +157,18 @@ def _complain(text: str, status: int = 2) -> int:
     return status
 
 
-def entry(started: float | None = None) -> None:
+def _process_start() -> float:
+    """`time.time()` at the start of this process, before its imports; now where that is not known."""
+    try:
+        fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        age = 0.0
+    return time.time() - age
+
+
+def entry() -> None:
     """The console script."""
-    status = main(time.time() if started is None else started)
+    status = main(_process_start())
     sys.stdout.flush()
     sys.exit(status)

@@ -86,10 +86,29 @@ def defaults() -> Config:
 # What may differ when a work folder is resumed: nothing that a result depends on.
 _FREE_KEYS = re.compile(
     r"(log|checkpoint|mesh)\..*"
-    r"|model\.(dtype|unroll|remat)"
-    r"|data\.(workers|threads|max_bad_fraction)"
+    r"|model\.(unroll|remat)"
+    r"|data\.(path|workers|threads|max_bad_fraction)"  # the videos themselves are compared by fingerprint
     r"|optim\.max_skipped"
 )
+
+
+_AT_LEAST = {
+    **{"data.frames": 1, "data.stride": 1, "data.batch_size": 1, "data.held_out": 0, "data.workers": 0},
+    **{"data.threads": 0, "mesh.fsdp": 1, "mesh.tensor": 1, "model.unroll": 1, "checkpoint.keep_last": 1},
+    **{"log.steps": 1, "log.pictures": 1, "optim.max_skipped": 1},
+}
+
+
+def check_bounds(config: Config) -> None:
+    """Refuses counts that are too small.
+
+    Raises:
+        UserError: naming the key.
+    """
+    values = flatten(config)
+    for key, least in _AT_LEAST.items():
+        if values[key] < least:
+            raise UserError(f"{key}={values[key]} must be at least {least}")
 
 
 def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
@@ -166,13 +185,18 @@ def finalize(config: Config, num_videos: int) -> Schedule:
         )
     if total * batch_size >= 2**32:
         raise UserError(f"{total} steps of {batch_size} clips pass the limit of 2^32 clips in a run")
+    every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
+    if every <= 0 or keep_every % every:
+        raise UserError(
+            f"checkpoint.every={every} must be positive and divide checkpoint.keep_every={keep_every}"
+        )
     scale = batch_size / 256
     return Schedule(
         steps_per_epoch=per_epoch,
         total_steps=total,
         warmup_steps=warmup,
-        checkpoint_steps=max(int(config.checkpoint.every * unit), 1),
-        keep_steps=int(config.checkpoint.keep_every * unit),
+        checkpoint_steps=max(int(every * unit), 1),
+        keep_steps=int(keep_every * unit),
         peak_lr=optim.lr * scale,
         end_lr=optim.min_lr * scale,
     )

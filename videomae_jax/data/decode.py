@@ -41,10 +41,11 @@ class Video:
 
     def __init__(self, source: str | os.PathLike | bytes, threads: int = 1):
         self.name = "video" if isinstance(source, bytes) else os.fspath(source)
-        file = io.BytesIO(source) if isinstance(source, bytes) else self.name
+        # An absolute path: libav would take the part before a colon for a protocol.
+        file = io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(source)
         try:
             self._container: Any = av.open(file)  # PyAV's types know neither demux nor seek of it
-        except (OSError, ValueError) as error:  # av's errors are both; ValueError alone: odd paths
+        except (FFmpegError, OSError, ValueError) as error:  # ValueError: odd paths
             raise self._error("cannot be opened", error) from None
         try:
             self._open(threads)
@@ -130,7 +131,10 @@ class Video:
         wanted = sorted({int(i) for i in indices})
         if not wanted or wanted[0] < 0 or wanted[-1] >= self.num_frames:
             raise IndexError(f"{self.name}: frames {wanted} of {self.num_frames}")
-        frames = dict(self._read_timed(wanted) if self._is_timed else self._read_counted(wanted))
+        frames = dict(self._read_timed(wanted)) if self._is_timed else {}
+        missing = [i for i in wanted if i not in frames]
+        if missing:  # not timed, or key frames that are not enough to start from (intra refresh)
+            frames |= self._read_counted(missing)
         missing = [i for i in wanted if i not in frames]
         if missing:
             raise self._error(f"frame {missing[0]} of {self.num_frames} is damaged")
@@ -157,7 +161,7 @@ class Video:
                 left.discard(self._packets[end].pts)
                 end += 1
             for frame in self._decode(self._packets[start:end]):
-                if frame.pts in times:
+                if frame.pts in times and not frame.is_corrupt:
                     yield index_of[frame.pts], self._to_rgb(frame)
 
     def _decode(self, packets: Sequence[av.Packet]) -> Iterator[av.VideoFrame]:

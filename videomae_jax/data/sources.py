@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import hashlib
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
@@ -77,8 +78,14 @@ class VideoSource:
 
 
 def split_folder(path: str, split: str) -> pathlib.Path | None:
-    """The subfolder of `path` for "train", "validation" or "test"; None where it is not divided so."""
-    return next((d for name in _SPLITS[split] if (d := pathlib.Path(path, name)).is_dir()), None)
+    """The subfolder of `path` for "train", "validation" or "test"; None where there is none.
+
+    A folder is divided if it has `train` and another of these; one of them alone is a class.
+    """
+    present = {name for names in _SPLITS.values() for name in names if pathlib.Path(path, name).is_dir()}
+    if "train" not in present or len(present) < 2:
+        return None
+    return next((pathlib.Path(path, name) for name in _SPLITS[split] if name in present), None)
 
 
 def _files_below(folder: pathlib.Path, seen: set[pathlib.Path]) -> Iterator[pathlib.Path]:
@@ -86,6 +93,8 @@ def _files_below(folder: pathlib.Path, seen: set[pathlib.Path]) -> Iterator[path
     if folder.resolve() in seen:
         return
     for entry in folder.iterdir():
+        if entry.name.startswith("."):
+            continue
         if entry.is_dir():
             yield from _files_below(entry, seen | {folder.resolve()})
         elif entry.is_file():
@@ -102,9 +111,7 @@ def from_folder(path: str | pathlib.Path) -> VideoSource:
     if not root.is_dir():
         raise SourceError(f"{root} is not a folder: pass a folder of videos or a CSV list of them")
     files = sorted(
-        file.relative_to(root)
-        for file in _files_below(root, set())
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+        file.relative_to(root) for file in _files_below(root, set()) if file.suffix.lower() in SUFFIXES
     )
     if not files:
         known = " ".join(sorted(SUFFIXES))
@@ -124,7 +131,8 @@ def _read_rows(path: pathlib.Path) -> list[tuple[int, list[str]]]:
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read as a text list: {error}") from None
     text = next((line.strip() for line in lines if line.strip()), "")
-    delimiter = next((d for d in "\t, " if d in text), "\t")  # one word: whole lines are paths
+    whole = (path.parent / text).is_file()  # paths only, one a line, whatever is in them
+    delimiter = "\t" if whole else next((d for d in "\t, " if d in text), "\t")
     rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
     parsed = [(rows.line_num, [field.strip() for field in row]) for row in rows]
     if delimiter == " ":  # trailing blanks are not fields
@@ -136,7 +144,8 @@ def from_csv(path: str | pathlib.Path) -> VideoSource:
     """A list with a path and an optional label per line; relative paths start at the list's folder.
 
     Columns are separated by tabs, commas or spaces (the published lists), fields with separators are
-    quoted. A first line that names a `path` column is a header: `label` is then read too and other columns
+    quoted. An empty label, like none, is -1: unknown.
+    A first line that names a `path` column is a header: `label` is then read too and other columns
     are ignored. Without one, column 1 is the path and column 2 the label. Labels are all integers from 0,
     or all names (classes are then in alphabetical order).
 
@@ -163,14 +172,14 @@ def from_csv(path: str | pathlib.Path) -> VideoSource:
                 f"expected: quote paths that contain the separator, or add a header line `path,label`"
             )
         ids.append(row[places[0]])
-        labels.append(row[places[1]] if len(places) == 2 else "-1")
+        labels.append((row[places[1]] if len(places) == 2 else "") or "-1")
     _check_files(path, ids, [line for line, _ in rows])
-    if all(label.lstrip("-").isdigit() for label in labels):
+    if all(re.fullmatch(r"-1|\d{1,6}", label, re.ASCII) for label in labels):
         numbers = tuple(int(label) for label in labels)
-        classes = tuple(str(i) for i in range(max(numbers, default=-1) + 1))
+        classes = tuple(str(i) for i in range(max(numbers) + 1))
     else:
-        classes = tuple(sorted(set(labels)))
-        numbers = tuple(classes.index(label) for label in labels)
+        classes = tuple(sorted(set(labels) - {"-1"}))
+        numbers = tuple(-1 if label == "-1" else classes.index(label) for label in labels)
     return VideoSource(str(path.parent), tuple(ids), numbers, classes)
 
 
@@ -188,7 +197,7 @@ def _check_files(path: pathlib.Path, ids: list[str], lines: list[int]) -> None:
         line, video = absent[0]
         raise SourceError(
             f"{path}, line {line}: no file {path.parent / video} ({len(absent)} of {len(ids)} are absent): "
-            f"correct the paths; relative ones start at the list's folder"
+            f"correct the paths, relative ones start at the list's folder; a header must name a column `path`"
         )
 
 
@@ -202,6 +211,8 @@ def open_source(path: str, split: str) -> VideoSource:
     """
     if not pathlib.Path(path).exists():
         raise SourceError(f"{path} does not exist: pass a folder of videos or a CSV list of them")
+    if pathlib.Path(path).suffix.lower() in SUFFIXES and pathlib.Path(path).is_file():
+        raise SourceError(f"{path} is a video: pass its folder, or a list that names it")
     if pathlib.Path(path).is_file():
         return from_csv(path)
     return from_folder(split_folder(path, split) or path)

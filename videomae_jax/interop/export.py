@@ -6,6 +6,7 @@
 A training checkpoint has the same two items beside its optimizer, so it can be loaded as it is.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -92,10 +93,15 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 def load(path: str | os.PathLike) -> VideoMAE:
     """Reads a model from an Orbax export, a checkpoint, or the newest checkpoint of a work folder.
 
+    It computes in the dtype that it was trained with; on a CPU in float32.
+
     Raises:
         ExportError: see `read_metadata`.
     """
     config = VideoMAEConfig.from_dict(read_metadata(path)["model"])
+    if jax.default_backend() == "cpu":  # where bfloat16, fit for the GPU that trained it, is slow
+        compute = dataclasses.replace(config.compute, dtype="float32")
+        config = dataclasses.replace(config, compute=compute)
     abstract = nnx.eval_shape(lambda: VideoMAE(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

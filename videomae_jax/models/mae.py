@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
@@ -40,6 +41,8 @@ class VideoMAEConfig:
     compute: vit.Compute = dataclasses.field(default_factory=vit.Compute)
 
     def __post_init__(self):
+        if len(self.tubelet) != 3 or min(self.tubelet) < 1:
+            raise ValueError(f"tubelet {self.tubelet} must be three positive sizes (t, p, p)")
         tubelets.grid_of(self.clip_size, self.tubelet)
         if self.position_resize not in vit.POSITION_RESIZE:
             raise ValueError(f"unknown position_resize {self.position_resize!r}: use {vit.POSITION_RESIZE}")
@@ -48,7 +51,7 @@ class VideoMAEConfig:
                 f"pixel_mean has {len(self.pixel_mean)} channels and pixel_std {len(self.pixel_std)}"
             )
         for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
-            if stack.width % stack.num_heads:
+            if stack.num_heads < 1 or stack.width % stack.num_heads:
                 raise ValueError(
                     f"{name}.num_heads {stack.num_heads} does not divide its width {stack.width}"
                 )
@@ -205,11 +208,10 @@ class VideoMAE(nnx.Module):
         target = tubelets.reconstruction_target(raw, self.config.channels, normalize_target)
         return tubelets.reconstruction_error(prediction, jax.lax.stop_gradient(target), kind)
 
-    def _indices(self, video: jax.Array, mask: jax.Array | None) -> masking.Indices:
+    def _indices(self, video: jax.Array, mask: jax.Array) -> masking.Indices:
         tokens = math.prod(self._check(video))
-        if mask is None:
-            every = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (video.shape[0], tokens))
-            return every, every[:, :0]
+        if not isinstance(mask, jax.Array | np.ndarray):
+            raise ValueError(f"mask is a {type(mask).__name__}: pass a bool array, True = hidden")
         if mask.shape != (video.shape[0], tokens):
             raise ValueError(
                 f"mask has shape {tuple(mask.shape)}: a video of shape {tuple(video.shape)} in tubelets of "
@@ -238,7 +240,11 @@ class VideoMAE(nnx.Module):
 
         Without a mask every tubelet is visible. Raises as `__call__`.
         """
-        visible, _ = self._indices(video, mask)
+        if mask is None:
+            tokens = math.prod(self._check(video))
+            visible = jnp.tile(jnp.arange(tokens, dtype=jnp.int32), (video.shape[0], 1))
+        else:
+            visible, _ = self._indices(video, mask)
         return _jitted("encode_visible")(*nnx.split(self), video, visible).astype(jnp.float32)
 
     def loss(

@@ -3,8 +3,11 @@
 Order is fixed everywhere: token `n = (t * H' + h) * W' + w`, voxel `((dt * p + dy) * p + dx) * C + c`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Num
 
 LOSSES = ("mse", "l1", "smooth_l1")
@@ -129,8 +132,10 @@ def reconstruction_error(
     return error.mean(axis=(1, 2))
 
 
-def check_video(video: jax.Array, channels: int) -> None:
-    """Raises ValueError unless `video` is uint8 [B, T, H, W, channels]."""
+def check_video(video: Any, channels: int) -> None:
+    """Raises ValueError unless `video` is an array, uint8 [B, T, H, W, channels]."""
+    if not isinstance(video, jax.Array | np.ndarray):
+        raise ValueError(f"video is a {type(video).__name__}: pass an array of uint8 pixels")
     if video.ndim != 5 or video.shape[-1] != channels:
         raise ValueError(
             f"video has shape {tuple(video.shape)}: expected [B, T, H, W, {channels}], channels last"

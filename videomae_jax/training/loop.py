@@ -41,6 +41,7 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
         TrainingError: too many steps in a row without a usable gradient.
     """
     phases = _Phases(started)
+    settings.check_bounds(config)
     with _Interrupt() as interrupt:
         try:
             mesh = sharding.make_mesh(**config.mesh)
@@ -56,12 +57,16 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
         _announce(config, task, train_source, schedule, mesh)
         state, last = _train(config, workdir, task, train_source, schedule, mesh, interrupt, phases)
         interrupted = interrupt.is_set and int(state.step) < schedule.total_steps
-        summary = {"task": config.task, "interrupted": interrupted, **last}
+        # Nothing left to do but the pictures: speed and seconds stay those of the run itself.
+        path = workdir / "summary.json"
+        is_rerun = "first step" not in phases.seconds and path.exists()
+        before = json.loads(path.read_text()) if is_rerun else {}
+        summary = last | before | {"task": config.task, "interrupted": interrupted}
         if not interrupted:
             summary |= task.finish(state.params, held_out, config, workdir)
             phases.end("pictures")
-        summary["seconds"] = phases.seconds
-        report.write_json(workdir / "summary.json", summary)
+        summary["seconds"] = before.get("seconds", phases.seconds)
+        report.write_json(path, summary)
     return summary
 
 
@@ -126,6 +131,8 @@ def _train(
                     jax.block_until_ready(metrics)
                     phases.end("first step")
                 last = interrupt.is_set or number + 1 == schedule.total_steps
+                if interrupt.is_set:
+                    report.say("SIGTERM: saving a checkpoint, then ending")
                 if last or (number + 1) % schedule.checkpoint_steps == 0:
                     # Logged before it is saved, so that no resumed log lacks a line.
                     finish_step(*pending)
@@ -257,7 +264,7 @@ class _Interrupt:
 
     def _handle(self, *_signal: object) -> None:
         self.is_set = True
-        report.say("SIGTERM: saving a checkpoint, then ending")
+        signal.signal(signal.SIGTERM, self._before)  # a second one ends the process at once
 
     def __exit__(self, *_exception: object) -> None:
         signal.signal(signal.SIGTERM, self._before)

@@ -1,6 +1,8 @@
 """What a run says: progress bar or lines, log.jsonl, TensorBoard, and the figures behind them."""
 
+import contextlib
 import json
+import math
 import os
 import pathlib
 import sys
@@ -8,8 +10,12 @@ import time
 from typing import Any
 
 import jax
-import tensorboardX
 import tqdm
+from tensorboardX import summary as board_summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+
+from videomae_jax.config import UserError
 
 
 def write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
@@ -49,6 +55,40 @@ def memory_gib() -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
 
 
+# Made by protobuf at import, so type checkers cannot see them.
+_Event, _SessionLog = (getattr(event_pb2, name) for name in ("Event", "SessionLog"))
+
+
+class _Board:
+    """Scalars for TensorBoard, on disk when the call returns.
+
+    Not tensorboardX's own SummaryWriter: on a full disk its thread dies unseen and then blocks the caller.
+    """
+
+    def __init__(self, folder: pathlib.Path, first_step: int):
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        self._write(step=first_step, file_version="brain.Event:2")
+        # What an earlier process wrote from here on is superseded.
+        self._write(step=first_step, session_log=_SessionLog(status=_SessionLog.START))
+
+    def _write(self, **fields: Any) -> None:
+        self._events.write_event(_Event(wall_time=time.time(), **fields))
+        self._events.flush()
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Writes one point of each curve."""
+        points = board_summary.scalar("", 0.0)
+        del points.value[:]
+        for name, value in values.items():
+            points.value.add(tag=name, simple_value=value)
+        self._write(step=step, summary=points)
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._events.close()
+
+
 class Report:
     """Turns metrics of finished steps into lines; counts time spent waiting for data.
 
@@ -63,8 +103,10 @@ class Report:
         self.path = workdir / "log.jsonl"
         self.total, self.batch_size, self.every = total_steps, batch_size, every
         keep_lines(self.path, start_step)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
         self._log = self.path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._board = _Board(workdir / "tensorboard", start_step + 1)
         self._bar = tqdm.tqdm(
             total=total_steps,
             initial=start_step,
@@ -76,7 +118,6 @@ class Report:
         self._start, self._waited = time.perf_counter(), 0.0
         self._steps, self._window_waited = 0, 0.0
         self._window_start, self._window_steps = self._start, 0
-        self.last: dict[str, float] = {}
 
     def waited(self, seconds: float) -> None:
         """Adds time that the loop spent waiting for a batch."""
@@ -103,22 +144,34 @@ class Report:
             "memory_gib": memory_gib(),
         }
         self._window_start, self._window_steps, self._window_waited = now, 0, 0.0
-        self._log.write(json.dumps(self.last) + "\n")
-        self._log.flush()
-        for name, value in self.last.items():
-            self._board.add_scalar(name, value, step)
+        try:
+            self._write(step)
+        except OSError as error:
+            raise UserError(
+                f"the log in {self.path.parent} cannot be written ({error.strerror or error}): free some "
+                f"space, then run the same command again"
+            ) from error
         text = (
             f"loss {self.last['loss']:.4f}  lr {self.last['learning_rate']:.2e}  "
             f"{clips_per_second:.1f} clips/s  waiting for data {self.last['data_wait']:.1%}"
         )
         self._bar.set_postfix_str(text)
         if self._bar.disable:
-            speed = self.totals()["clips_per_second"]
+            speed = self.totals().get("clips_per_second")
             left = f"  {(self.total - step) * self.batch_size / speed:.0f} s left" if speed else ""
             say(f"step {step}/{self.total}  {text}{left}")
 
+    def _write(self, step: int) -> None:
+        # A skipped step's loss is not a number, and NaN is not JSON.
+        line = {name: value if math.isfinite(value) else None for name, value in self.last.items()}
+        self._log.write(json.dumps(line) + "\n")
+        self._log.flush()
+        self._board.scalars({name: value for name, value in self.last.items() if name != "step"}, step)
+
     def totals(self) -> dict[str, float]:
-        """clips_per_second and data_wait (share of time) after the first step of this process."""
+        """clips_per_second and data_wait (share of time) after the first step of this process, if any."""
+        if self._steps < 2:
+            return {}
         seconds = max(time.perf_counter() - self._start, 1e-9)
         return {
             "clips_per_second": (self._steps - 1) * self.batch_size / seconds,
@@ -128,8 +181,9 @@ class Report:
     def close(self) -> None:
         """Ends the bar and the files."""
         self._bar.close()
-        self._board.close()
-        self._log.close()
+        for file in (self._board, self._log):
+            with contextlib.suppress(OSError):  # each line was flushed, and its failure told, at once
+                file.close()
 
 
 def _step_of(line: str) -> int:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 from videomae_jax.apps import reconstruct
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import moving_shapes, pipeline, sources
+from videomae_jax.evaluation import reconstruction
 from videomae_jax.interop import export
 from videomae_jax.models import masking, tubelets
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
@@ -189,6 +190,9 @@ def make_task(config: Config) -> Pretrain:
         raise UserError(str(error)) from None
     if task.loss_kind not in tubelets.LOSSES:
         raise UserError(f"loss.kind={task.loss_kind!r} is unknown: use {', '.join(tubelets.LOSSES)}")
+    if config.log.statistics not in reconstruction.STATISTICS:
+        modes = ", ".join(reconstruction.STATISTICS)
+        raise UserError(f"log.statistics={config.log.statistics} is unknown: use {modes}")
     if config.log.statistics != "raw" and not task.normalize_target:
         raise UserError(
             f"log.statistics={config.log.statistics} is for normalised targets: with "
@@ -231,4 +235,7 @@ def _moving_shapes(generate: Config) -> pathlib.Path:
     spec = moving_shapes.MovingShapes(**generate)
     has_affinity = hasattr(os, "sched_getaffinity")  # Linux: the cores that this process may use
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return moving_shapes.generate(spec, folder, processes=cores)
+    try:
+        return moving_shapes.generate(spec, folder, processes=cores)
+    except ValueError as error:
+        raise UserError(f"data.generate: {error}") from None
