@@ -48,7 +48,7 @@ def read(source, steps, *, hosts=1, workers=0, start=0, seed=3, batch_size=4):
     return found
 
 
-def same(left, right):
+def assert_same(left, right):
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
         assert a.keys() == b.keys()
@@ -70,16 +70,16 @@ def test_a_batch(source):
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_the_same_global_batches(source, hosts):
-    same(read(source, 5), read(source, 5, hosts=hosts))
+    assert_same(read(source, 5), read(source, 5, hosts=hosts))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_change_nothing(source, workers):
-    same(read(source, 5), read(source, 5, workers=workers))
+    assert_same(read(source, 5), read(source, 5, workers=workers))
 
 
 def test_starting_in_the_middle_continues(source):
-    same(read(source, 6)[4:], read(source, 2, start=4, hosts=2))
+    assert_same(read(source, 6)[4:], read(source, 2, start=4, hosts=2))
 
 
 def test_every_video_once_per_epoch_in_a_new_order_and_crop(source):

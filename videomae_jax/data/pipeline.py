@@ -37,6 +37,7 @@ class PretrainClip(grain.transforms.RandomMap):
     def random_map(  # pyright: ignore[reportIncompatibleMethodOverride] (Grain's own says None)
         self, element: tuple[int, Record], rng: np.random.Generator
     ) -> dict[str, Any]:
+        """(index in the stream, record) -> the clip and what belongs to it; a broken video weighs 0."""
         index, record = element
         clip = np.zeros((self.frames, *self.size, 3), np.uint8)
         error = ""
