@@ -27,22 +27,29 @@ def source(tmp_path_factory) -> sources.VideoSource:
     return sources.from_folder(folder)
 
 
-def read(source, steps, *, hosts=1, workers=0, start=0, seed=3, batch_size=4):
+def read(source, steps, *, hosts=1, workers=0, threads=1, start=0, seed=3, batch_size=4):
     """Global batches from the parts of simulated hosts."""
     parts = [
         pipeline.iterate(
-            pipeline.batches(
+            pipeline.clips(
                 source, CLIP, seed=seed, batch_size=batch_size, start_step=start, host=host, hosts=hosts
             ),
+            batch_size // hosts,
             workers=workers,
-            threads=1,
+            threads=threads,
         )
         for host in range(hosts)
     ]
     found = []
     for _ in range(steps):
         rows = [next(part) for part in parts]
-        found.append({name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
+        # Host h holds every hosts-th example of the batch: put them back in the order of the stream.
+        found.append(
+            {
+                name: np.stack([row[name] for row in rows], 1).reshape(batch_size, *rows[0][name].shape[1:])
+                for name in rows[0]
+            }
+        )
     for part in parts:
         part.close()
     return found
@@ -71,6 +78,11 @@ def test_a_batch(source):
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_the_same_global_batches(source, hosts):
     assert_same(read(source, 5), read(source, 5, hosts=hosts))
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_threads_change_nothing(source, threads):
+    assert_same(read(source, 5), read(source, 5, threads=threads))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -117,7 +129,7 @@ def test_a_broken_video_weighs_nothing_and_says_why(source):
 
 def test_hosts_must_divide_the_batch(source):
     with pytest.raises(ValueError, match="batch size 4 is not a multiple of 3 hosts"):
-        pipeline.batches(source, CLIP, seed=0, batch_size=4, hosts=3)
+        pipeline.clips(source, CLIP, seed=0, batch_size=4, hosts=3)
 
 
 def test_middle_clips_are_fixed_and_name_what_fails(source):
@@ -139,8 +151,8 @@ if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()
     clip = pipeline.PretrainClip(4, 1, (16, 16))
     source = sources.from_folder({source.root!r})
-    data = pipeline.batches(source, clip, seed=0, batch_size=4)
-    iterator = pipeline.iterate(data, workers=1, threads=1)
+    data = pipeline.clips(source, clip, seed=0, batch_size=4)
+    iterator = pipeline.iterate(data, 4, workers=1, threads=1)
     next(iterator)
     print("ready", flush=True)
     time.sleep(60)

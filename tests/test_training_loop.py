@@ -302,11 +302,12 @@ def test_batches_must_divide_over_the_devices(tmp_path, debug_config):
 def test_prefetch_hands_over_batches_in_order(shapes, debug_config):
     task = tasks.make_task(debug_config)
     source, _ = tasks.open_data(debug_config)
-    dataset = pipeline.batches(source, task.clip_transform, seed=0, batch_size=8)
-    ahead = loop.prefetch(dataset, sharding.make_mesh(-1, 1, 1), workers=0, threads=1)
+    dataset = pipeline.clips(source, task.clip_transform, seed=0, batch_size=8)
+    ahead = loop.prefetch(dataset, 8, sharding.make_mesh(-1, 1, 1), workers=0, threads=1)
     for number in range(4):
         batch, host_fields = next(ahead)
         np.testing.assert_array_equal(host_fields["index"], np.arange(8) + 8 * number)
-        np.testing.assert_array_equal(batch["video"], dataset[number]["video"])
+        expected = [dataset[8 * number + row]["video"] for row in range(8)]
+        np.testing.assert_array_equal(batch["video"], expected)
         assert set(batch) == {"video", "index", "label", "weight"}
     ahead.close()

@@ -70,6 +70,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def global_batch(mesh: Mesh, local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Arrays over all hosts from each host's rows; host h holds rows [h * b, (h + 1) * b)."""
+    """Arrays over all hosts from each host's rows, which become rows [h * b, (h + 1) * b)."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in local.items()}

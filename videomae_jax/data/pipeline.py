@@ -75,7 +75,7 @@ def middle_clips(source: VideoSource, clip: PretrainClip) -> tuple[np.ndarray, l
     return np.array(clips), ids, bad
 
 
-def batches(
+def clips(
     source: VideoSource,
     transform: grain.transforms.RandomMap,
     *,
@@ -85,10 +85,11 @@ def batches(
     host: int = 0,
     hosts: int = 1,
 ) -> grain.MapDataset:
-    """Host batches from `start_step` on, 2^32 clips in all; element s is this host's part of global batch s.
+    """This host's clips from `start_step` on, 2^32 in all; batch_size / hosts of them make a host batch.
 
-    Global batch s holds records [s * B, (s + 1) * B) of a stream that is reshuffled every epoch, host h
-    the h-th of `hosts` equal parts of it. Clips and random draws are the same for any number of hosts.
+    Global batch s holds records [s * B, (s + 1) * B) of a stream that is reshuffled every epoch; host h
+    takes every `hosts`-th of them, from the h-th on. Clips and random draws are the same for any number of
+    hosts.
 
     Raises:
         ValueError: the hosts do not divide the batch.
@@ -97,26 +98,27 @@ def batches(
         raise ValueError(f"batch size {batch_size} is not a multiple of {hosts} hosts")
     # Not repeat(None): its length overflows once batches and slices are taken of it.
     stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat(2**32 // len(source) + 1)
+    drawn = stream.map_with_index(lambda index, record: (index, record)).random_map(transform)
     # Slicing after random_map: before it, every host would draw from the same random stream.
-    clips = stream.map_with_index(lambda index, record: (index, record)).random_map(transform)
-    return clips.batch(batch_size // hosts)[start_step * hosts + host :: hosts]
+    return drawn[start_step * batch_size + host :: hosts]
 
 
 def iterate(
-    dataset: grain.MapDataset, *, workers: int, threads: int
+    dataset: grain.MapDataset, host_batch: int, *, workers: int, threads: int
 ) -> grain.DatasetIterator[dict[str, Any]]:
-    """Runs a dataset ahead of its reader, at most two batches per thread or worker.
+    """Batches of `host_batch` clips, made ahead of their reader: two batches, or two per worker.
 
     Args:
-        workers: processes; 0 decodes in `threads` threads of this process.
+        workers: processes, each making whole batches; 0 makes clips in `threads` threads of this process.
         threads: threads in each process; libav and PIL let Python go on meanwhile.
     """
-    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    iterable = dataset.to_iter_dataset(ahead)
-    if workers:
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        iterable = iterable.mp_prefetch(options, worker_init_fn=_die_with_parent)
-    return iter(iterable)
+    if not workers:
+        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * host_batch, threads))
+        return iter(dataset.to_iter_dataset(ahead).batch(host_batch))
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    batches = dataset.batch(host_batch).to_iter_dataset(ahead)
+    return iter(batches.mp_prefetch(options, worker_init_fn=_die_with_parent))
 
 
 def _die_with_parent(_worker: int, _workers: int) -> None:

@@ -99,7 +99,7 @@ def _train(
         root = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
         log = report.Report(workdir, start, schedule.total_steps, config.data.batch_size, config.log.steps)
         guard = _Guard(workdir, source, root, config.optim.max_skipped, start)
-        dataset = pipeline.batches(
+        dataset = pipeline.clips(
             source,
             task.clip_transform,
             seed=config.seed,
@@ -109,7 +109,8 @@ def _train(
             hosts=jax.process_count(),
         )
         phases.end("restore")
-        batches = prefetch(dataset, mesh, config.data.workers, config.data.threads)
+        host_batch = config.data.batch_size // jax.process_count()
+        batches = prefetch(dataset, host_batch, mesh, config.data.workers, config.data.threads)
 
         def finish_step(number: int, metrics: step.Metrics, host_fields: dict[str, np.ndarray]) -> None:
             log.step(number + 1, guard.look(number, metrics, host_fields))
@@ -154,10 +155,10 @@ def _train(
 
 
 def prefetch(
-    dataset: grain.MapDataset, mesh: jax.sharding.Mesh, workers: int, threads: int
+    dataset: grain.MapDataset, host_batch: int, mesh: jax.sharding.Mesh, workers: int, threads: int
 ) -> Generator[tuple[step.Batch, dict[str, np.ndarray]]]:
     """Yields (global arrays, host-only fields), with `_AHEAD` later batches already on their way."""
-    iterator = pipeline.iterate(dataset, workers=workers, threads=threads)
+    iterator = pipeline.iterate(dataset, host_batch, workers=workers, threads=threads)
     queue: collections.deque = collections.deque()
     try:
         while True:
