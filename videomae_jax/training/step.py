@@ -69,6 +69,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch, root: jax.Array) -> tuple[TrainState, Metrics]:
+        """One update, or none where the gradient is not usable; the step counts either way."""
         loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, root)
         grad_norm = optax.tree.norm(grads)
         clips = batch["weight"].sum()
