@@ -85,10 +85,42 @@ def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
     path = clips.write(tmp_path / "intra.mp4", clips.numbered_frames(40), g=1)
     with decode.Video(path) as video:
         fed = []
-        plain = video._decode
-        monkeypatch.setattr(video, "_decode", lambda packets: fed.append(len(packets)) or plain(packets))
+        plain = video._needed
+        monkeypatch.setattr(video, "_needed", lambda *args: fed.append(list(plain(*args))) or fed[-1])
+        monkeypatch.setattr(video, "frames", None)
         assert clips.frame_numbers(video.read([5, 20, 35])) == [5, 20, 35]
-    assert fed == [1, 1, 1]
+    assert [len(packets) for packets in fed] == [1, 1, 1]
+
+
+def test_frames_that_nothing_depends_on_are_skipped(tmp_path, rng):
+    noise = rng.integers(0, 256, (40, 32, 48, 3), dtype=np.uint8)
+    options = {"g": 250, "x264-params": "b-adapt=0:bframes=3:scenecut=0"}
+    path = clips.write(tmp_path / "b.mp4", noise, codec="libx264", **options)
+    with decode.Video(path) as video:
+        start, last = video._keys[0], video._times[35]
+        everything = len(list(video._decode(video._needed(start, {last}))))
+        decoded = len(list(video._decode(video._needed(start, {last}), {last})))
+        np.testing.assert_array_equal(video.read([35])[0], full_decode(path)[35])
+    assert everything > 35
+    assert decoded < 0.7 * everything
+
+
+@pytest.mark.parametrize("name", ["mmaction_test.mp4", "maxtext.mp4", "tc_h264_10bits.mp4", "video_270.mov"])
+def test_a_box_is_that_part_of_the_frame(real_videos, name, rng):
+    with decode.Video(real_videos / name) as video:
+        whole = video.read([2, 0])
+        height, width = whole.shape[1:3]
+        for _ in range(8):
+            top, left = int(rng.integers(height)), int(rng.integers(width))
+            box = (top, left, int(rng.integers(1, height - top + 1)), int(rng.integers(1, width - left + 1)))
+            seen = []
+            part = video.read([2, 0], lambda *size, box=box, seen=seen: seen.append(size) or box)
+            assert seen == [(height, width)]
+            np.testing.assert_array_equal(part, whole[:, top : top + box[2], left : left + box[3]])
+        beyond = video.read([0], lambda *_: (-2, -3, height + 4, 8))
+        for border in (beyond[:, :2], beyond[:, :, :3], beyond[:, -2:]):
+            assert not border.any()
+        np.testing.assert_array_equal(beyond[0, 2:-2, 3:], whole[1, :, :5])
 
 
 def test_bytes_and_files_are_the_same(tmp_path):

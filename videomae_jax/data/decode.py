@@ -5,14 +5,17 @@ decoding starts at the last key frame before each wanted frame; elsewhere it sta
 """
 
 import bisect
+import dataclasses
 import functools
 import io
+import itertools
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import av
+import av.filter
 import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
@@ -26,10 +29,27 @@ class DecodeError(Exception):
     """A video, or a wanted frame of it, cannot be decoded; the text names the file and the reason."""
 
 
+Box = tuple[int, int, int, int]
+"""(top, left, height, width) in pixels; may pass the frame's edges, what lies outside is black."""
+
+ChooseBox = Callable[[int, int], Box]
+"""(frame height, frame width) -> the box that is wanted of every frame; called once per read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mark:
+    """What is kept of a packet: when it is shown and decoded, in ticks of the stream."""
+
+    pts: int | None
+    dts: int | None
+    is_key: bool
+    is_discard: bool
+
+
 class Video:
     """An open video; use it as a context manager.
 
-    Packets stay in memory while it is open, so memory grows with the file, not with its frames.
+    It keeps the times of the frames, not the packets: memory does not grow with the file's bytes.
 
     Args:
         source: a local path, or the file's bytes.
@@ -41,45 +61,62 @@ class Video:
 
     def __init__(self, source: str | os.PathLike | bytes, threads: int = 1):
         self.name = "video" if isinstance(source, bytes) else os.fspath(source)
+        self._source, self._threads = source, threads
+        self._open()
+        try:
+            self._index()
+        except BaseException:
+            self._container.close()
+            raise
+
+    def _open(self) -> None:
+        """Opens the file at its first packet, with an empty decoder."""
         # An absolute path: libav would take the part before a colon for a protocol.
-        file = io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(source)
+        file = io.BytesIO(self._source) if isinstance(self._source, bytes) else os.path.abspath(self._source)
         try:
             self._container: Any = av.open(file)  # PyAV's types know neither demux nor seek of it
         except (FFmpegError, OSError, ValueError) as error:  # ValueError: odd paths
             raise self._error("cannot be opened", error) from None
         try:
-            self._open(threads)
+            if not self._container.streams.video:
+                raise self._error("has no video stream")
+            self._stream = self._container.streams.video[0]
+            if self._stream.codec_context is None:
+                raise self._error("is stored in a codec that this build of PyAV cannot decode")
+            self._stream.codec_context.thread_count = self._threads
         except BaseException:
             self._container.close()
             raise
 
-    def _open(self, threads: int) -> None:
-        if not self._container.streams.video:
-            raise self._error("has no video stream")
-        self._stream = self._container.streams.video[0]
-        if self._stream.codec_context is None:
-            raise self._error("is stored in a codec that this build of PyAV cannot decode")
-        self._stream.codec_context.thread_count = threads
-        self._reformatter = VideoReformatter()
-        try:
-            packets = [p for p in self._container.demux(self._stream) if p.size]
-        except FFmpegError as error:
-            raise self._error("cannot be read", error) from None
-        self._packets = packets
+    def _index(self) -> None:
+        marks = self._container_index() or [_mark(packet) for packet in self._demux()]
         # Packets marked as discarded by an edit list are decoded, never shown.
-        shown = sorted(p.pts for p in packets if p.pts is not None and not p.is_discard)
-        keys = [i for i, p in enumerate(packets) if p.is_keyframe and p.pts is not None]
-        key_times = [packets[i].pts for i in keys]
+        self._times = sorted(m.pts for m in marks if m.pts is not None and not m.is_discard)
+        self._keys = [mark for mark in marks if mark.is_key and mark.pts is not None]
+        self._key_times: list[int] = [mark.pts for mark in self._keys if mark.pts is not None]
         self._is_timed = (
             self._container.format.name in _TIMED_CONTAINERS
-            and all(p.pts is not None for p in packets)
-            and len(set(shown)) == len(shown)
-            and keys[:1] == [0]
-            and key_times == sorted(key_times)
+            and all(mark.pts is not None for mark in marks)
+            and len(set(self._times)) == len(self._times)
+            and self._keys[:1] == marks[:1]
+            and self._key_times == sorted(self._key_times)
         )
-        self._times, self._keys, self._key_times = shown, keys, key_times
         if self.num_frames == 0:
             raise self._error("has no frames")
+
+    def _container_index(self) -> list[_Mark]:
+        """The packets as an MP4's own index has them, if it is enough: every frame a key frame, in order.
+
+        It lacks the times of presentation, which differ where frames are decoded out of order.
+        """
+        if self._container.format.name != _TIMED_CONTAINERS[0]:
+            return []
+        marks = [
+            _Mark(e.timestamp, e.timestamp, e.is_keyframe, e.is_discard) for e in self._stream.index_entries
+        ]
+        if not marks or not all(mark.is_key for mark in marks):
+            return []
+        return marks if [_mark(packet) for packet in itertools.islice(self._demux(), 1)] == marks[:1] else []
 
     def _error(self, what: str, cause: Exception | None = None) -> DecodeError:
         reason = f" ({getattr(cause, 'strerror', None) or cause})" if cause else ""
@@ -98,7 +135,7 @@ class Video:
         Raises:
             DecodeError: they had to be counted by decoding, and decoding failed.
         """
-        return len(self._times) if self._is_timed else sum(1 for _ in self._decode(self._packets))
+        return len(self._times) if self._is_timed else sum(1 for _ in self.frames())
 
     @property
     def fps(self) -> float:
@@ -121,8 +158,11 @@ class Video:
             raise self._error("has no frame rate, so frames cannot be found by time")
         return min(max(index, 0), self.num_frames - 1)
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    def read(self, indices: Sequence[int] | np.ndarray, choose_box: ChooseBox | None = None) -> np.ndarray:
         """Returns the frames at `indices` (any order, repeats allowed), uint8 RGB [T, H, W, 3], upright.
+
+        With `choose_box` only that box of each frame is converted and returned; the pixels are those of the
+        whole frames.
 
         Raises:
             DecodeError: a wanted frame cannot be decoded.
@@ -131,59 +171,161 @@ class Video:
         wanted = sorted({int(i) for i in indices})
         if not wanted or wanted[0] < 0 or wanted[-1] >= self.num_frames:
             raise IndexError(f"{self.name}: frames {wanted} of {self.num_frames}")
-        frames = dict(self._read_timed(wanted)) if self._is_timed else {}
-        missing = [i for i in wanted if i not in frames]
-        if missing:  # not timed, or key frames that are not enough to start from (intra refresh)
-            frames |= self._read_counted(missing)
+        to_rgb = _ToRgb(choose_box)
+        frames: dict[int, np.ndarray] = {}
+        sizes = set()
+        for found in (self._read_timed, self._read_counted):
+            # Counted: not timed, or key frames that are not enough to start from (intra refresh).
+            for index, frame in found([i for i in wanted if i not in frames]):
+                if frame.is_corrupt:
+                    raise self._error("is damaged (the decoder marks a frame as corrupt)")
+                sizes.add((frame.width, frame.height))
+                if len(sizes) > 1:
+                    raise self._error("changes its frame size")
+                try:
+                    frames[index] = to_rgb(frame)
+                except (FFmpegError, ValueError) as error:
+                    raise self._error("has a frame that cannot be converted to RGB", error) from None
         missing = [i for i in wanted if i not in frames]
         if missing:
             raise self._error(f"frame {missing[0]} of {self.num_frames} is damaged")
-        if len({frame.shape for frame in frames.values()}) > 1:
-            raise self._error("changes its frame size")
         return np.stack([frames[int(i)] for i in indices])
 
-    def _read_counted(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-        for index, frame in enumerate(self._decode(self._packets)):
+    def frames(self) -> Iterator[av.VideoFrame]:
+        """All frames in the order of presentation, as stored (not turned).
+
+        Raises:
+            DecodeError: the file is damaged.
+        """
+        self._container.close()
+        self._open()
+        yield from self._decode(self._demux())
+
+    def _read_counted(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        for index, frame in enumerate(self.frames()) if wanted else ():
             if index in wanted:
-                yield index, self._to_rgb(frame)
+                yield index, frame
             if index == wanted[-1]:
                 return
 
-    def _read_timed(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-        index_of = {self._times[i]: i for i in wanted}
-        groups: dict[int, set[int]] = {}
+    def _read_timed(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        index_of = {self._times[i]: i for i in wanted} if self._is_timed else {}
+        groups: dict[_Mark, set[int]] = {}
         for time in index_of:
             start = self._keys[max(bisect.bisect_right(self._key_times, time) - 1, 0)]
             groups.setdefault(start, set()).add(time)
         for start, times in groups.items():
-            left, end = set(times), start
-            while left:
-                left.discard(self._packets[end].pts)
-                end += 1
-            for frame in self._decode(self._packets[start:end]):
+            for frame in self._decode(self._needed(start, set(times)), times):
                 if frame.pts in times and not frame.is_corrupt:
-                    yield index_of[frame.pts], self._to_rgb(frame)
+                    yield index_of[frame.pts], frame
 
-    def _decode(self, packets: Sequence[av.Packet]) -> Iterator[av.VideoFrame]:
-        """All frames of consecutive packets, in the order of presentation, then leaves the decoder empty."""
+    def _needed(self, start: _Mark, times: set[int]) -> Iterator[av.Packet]:
+        """Packets from the key frame `start` to the last of those shown at `times`."""
+        try:
+            self._container.seek(start.dts if start.dts is not None else start.pts, stream=self._stream)
+        except FFmpegError:
+            return  # a file without a usable index: its frames are counted
+        for packet in itertools.dropwhile(lambda packet: packet.pts != start.pts, self._demux()):
+            yield packet
+            times.discard(packet.pts)
+            if not times:
+                return
+
+    def _demux(self) -> Iterator[av.Packet]:
+        try:
+            yield from (packet for packet in self._container.demux(self._stream) if packet.size)
+        except FFmpegError as error:
+            raise self._error("cannot be read", error) from None
+
+    def _decode(
+        self, packets: Iterable[av.Packet], times: Collection[int] | None = None
+    ) -> Iterator[av.VideoFrame]:
+        """Frames of consecutive packets in the order of presentation, then leaves the decoder empty.
+
+        With `times`, frames shown at other times are left out where no frame depends on them.
+        """
         context = self._stream.codec_context
         try:
             context.flush_buffers()
-            for packet in [*packets, None]:
+            for packet in itertools.chain(packets, [None]):
+                is_wanted = times is None or packet is None or packet.pts in times
+                context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
                 yield from context.decode(packet)
         except FFmpegError as error:
             raise self._error("is damaged", error) from None
 
-    def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        if frame.is_corrupt:
-            raise self._error("is damaged (the decoder marks a frame as corrupt)")
-        try:
-            # One thread: the default starts a pool for each frame, three times the cost of a small one.
-            rgb = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        except (FFmpegError, ValueError) as error:
-            raise self._error("has a frame that cannot be converted to RGB", error) from None
+
+def _mark(packet: av.Packet) -> _Mark:
+    return _Mark(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
+
+
+class _ToRgb:
+    """Decoded frames -> upright uint8 RGB of one box, the same box for all of them."""
+
+    # libav converts these pixel by pixel where the height is even: a part of the frame equals that part of
+    # the whole. Elsewhere it interpolates colour across the edge.
+    _LOCAL_FORMATS = ("yuv420p", "yuvj420p")
+    _GRID = 8  # pixels; a multiple of what libav converts at a time
+
+    def __init__(self, choose_box: ChooseBox | None):
+        self._choose_box = choose_box
+        self._box: Box | None = None
+        self._reformatter = VideoReformatter()
+        self._graph: tuple[Any, Any, Any] | None = None  # a filter that crops, its entry and its exit
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         # The display matrix counts quarter turns counter-clockwise, as rot90 does.
-        return np.rot90(rgb, round(frame.rotation / 90) % 4)
+        turns = round(frame.rotation / 90) % 4
+        if self._choose_box is None:
+            return np.rot90(self._convert(frame), turns)
+        height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+        self._box = self._box or self._choose_box(height, width)
+        if turns or frame.format.name not in self._LOCAL_FORMATS or frame.height % 2:
+            return crop(np.rot90(self._convert(frame), turns), self._box)
+        top, left = (max(start, 0) // self._GRID * self._GRID for start in self._box[:2])
+        bottom, right = (
+            min(-(-(start + length) // self._GRID) * self._GRID, edge)
+            for start, length, edge in zip(self._box[:2], self._box[2:], (height, width), strict=True)
+        )
+        if (bottom - top, right - left) != (height, width):
+            frame = self._cropped(frame, (top, left, bottom - top, right - left))
+        return crop(self._convert(frame), (self._box[0] - top, self._box[1] - left, *self._box[2:]))
+
+    def _cropped(self, frame: av.VideoFrame, box: Box) -> av.VideoFrame:
+        """A view of the frame's planes, not a copy."""
+        if self._graph is None:
+            top, left, height, width = box
+            graph = av.filter.Graph()
+            graph.threads = 1
+            size = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/1"
+            colour = f"colorspace={int(frame.colorspace)}:range={int(frame.color_range)}"
+            filters = [
+                graph.add("buffer", f"{size}:{colour}"),
+                graph.add("crop", f"{width}:{height}:{left}:{top}:exact=1"),
+                graph.add("buffersink"),
+            ]
+            graph.link_nodes(*filters).configure()
+            # The graph too: its filters do not keep it alive, and crash without it.
+            self._graph = graph, filters[0], filters[2]
+        _, entry, end = self._graph
+        entry.push(frame)
+        return end.pull()
+
+    def _convert(self, frame: av.VideoFrame) -> np.ndarray:
+        # One thread: the default starts a pool for each frame, three times the cost of a small one.
+        return self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+
+
+def crop(frame: np.ndarray, box: Box) -> np.ndarray:
+    """A box of one frame [H, W, C]; what lies outside the frame is black."""
+    top, left, height, width = box
+    inside = frame[max(top, 0) : top + height, max(left, 0) : left + width]
+    if inside.shape[:2] == (height, width):
+        return inside
+    padded = np.zeros((height, width, frame.shape[-1]), frame.dtype)
+    y, x = max(-top, 0), max(-left, 0)
+    padded[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+    return padded
 
 
 def read_clip(source: str | os.PathLike | bytes, indices: Sequence[int]) -> np.ndarray:
