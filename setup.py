@@ -15,6 +15,7 @@ setup(
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1",
+        "array-record>=0.8",
         "av>=18",
         "etils[epath]>=1.9",
         "flax>=0.12.8,<0.13",
@@ -27,11 +28,13 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
         "tensorboardX>=2.6.4",
+        "tensorflow-datasets>=4.9.8",
         "tqdm>=4.66",
     ],
     extras_require={
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        "beam": ["apache-beam>=2.70"],  # pins older libraries: an environment of its own
         "viz": ["tensorboard"],
         "torch": ["torch", "transformers>=4.40", "safetensors>=0.4"],
         "dev": [

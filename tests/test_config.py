@@ -98,7 +98,7 @@ def test_arguments_may_hold_commas_and_equals_signs():
     ("changes", "videos", "text"),
     [
         ({"unit": "hours"}, 1000, "optim.unit='hours' is unknown"),
-        ({"unit": "epochs"}, 100, "batch_size=256 is more than the 100 videos"),
+        ({"unit": "epochs"}, 100, "batch_size=256 takes more than the 100 videos"),
         ({"duration": 10}, 1000, "optim.warmup=40 and optim.duration=10 epochs"),
         ({"duration": 0, "warmup": 0}, 1000, "must be positive"),
         ({"duration": 2**30}, 1000, "pass the limit"),

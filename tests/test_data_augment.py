@@ -37,7 +37,8 @@ def test_thirteen_offsets():
 
 def test_every_frame_gets_the_same_crop(rng):
     frame = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    out = augment.multi_scale_crop(np.stack([frame] * 5), (32, 32), rng)
+    box = augment.multi_scale_box(60, 80, (32, 32), rng)
+    out = augment.resized_crop(np.stack([frame] * 5), box, (32, 32))
     assert out.shape == (5, 32, 32, 3)
     assert out.dtype == np.uint8
     np.testing.assert_array_equal(out, np.broadcast_to(out[:1], out.shape))
@@ -61,3 +62,64 @@ def test_centre_crop_keeps_the_output_shape(rng):
     frames[:, :, 20:80] = 255  # the central square
     assert (augment.centre_crop(frames, (30, 30)) == 255).all()
     assert augment.centre_crop(frames, (20, 40)).shape == (1, 20, 40, 3)
+
+
+def test_random_resized_boxes():
+    rng = np.random.default_rng(0)
+    found = np.array([augment.random_resized_box(256, 340, rng) for _ in range(4000)])
+    top, left, height, width = found.T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + height <= 256).all()
+    assert (left + width <= 340).all()
+    share, ratio = height * width / (256 * 340), width / height
+    assert 0.078 < share.min() < 0.09
+    assert share.max() > 0.9
+    assert 0.73 < ratio.min() < 0.77
+    assert 1.31 < ratio.max() < 1.36
+    # Nothing fits a strip: its centre, with the nearest ratio.
+    assert augment.random_resized_box(100, 2000, rng) == (0, 933, 100, 133)
+    assert augment.random_resized_box(2000, 90, rng) == (940, 0, 120, 90)
+
+
+def test_interpolation_is_bilinear_without_anti_aliasing(rng):
+    """Against the formula, pixel by pixel: centre (i + 0.5) * in / out - 0.5, clamped at the edges."""
+    frames = rng.integers(0, 256, (2, 9, 30, 3), dtype=np.uint8)
+    out = augment.interpolate(frames, (14, 12))
+    assert out.shape == (2, 14, 12, 3)
+    for y in range(14):
+        for x in range(12):
+            v, u = max((y + 0.5) * 9 / 14 - 0.5, 0), max((x + 0.5) * 30 / 12 - 0.5, 0)
+            i, j = int(v), int(u)
+            k, m = min(i + 1, 8), min(j + 1, 29)
+            a, b = v - i, u - j
+            exact = (1 - a) * ((1 - b) * frames[1, i, j] + b * frames[1, i, m]) + a * (
+                (1 - b) * frames[1, k, j] + b * frames[1, k, m]
+            )
+            np.testing.assert_allclose(out[1, y, x], exact, atol=0.501)
+    assert augment.interpolate(frames, (9, 30)) is frames
+
+
+def test_flips_are_mirrors_of_half_the_clips(rng):
+    frames = rng.integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
+    flipped = [augment.flip(frames, rng) for _ in range(200)]
+    mirrored = sum(np.array_equal(f, frames[:, :, ::-1]) for f in flipped)
+    assert mirrored + sum(np.array_equal(f, frames) for f in flipped) == 200
+    assert 70 < mirrored < 130
+
+
+def test_erasing_boxes():
+    rng = np.random.default_rng(0)
+    found = np.array([augment.erasing_box(224, 224, rng) for _ in range(4000)])
+    erased = found[found[:, 2] > 0]
+    assert abs(len(erased) / 4000 - 0.25) < 0.03
+    assert not found[found[:, 2] == 0].any()
+    top, left, height, width = erased.T
+    assert (top + height <= 224).all()
+    assert (left + width <= 224).all()
+    assert (height < 224).all()
+    share = height * width / 224**2
+    assert 0.018 < share.min() < 0.03
+    assert 0.3 < share.max() < 0.34
+    assert 0.28 < (height / width).min() < 0.4
+    assert 2.6 < (height / width).max() < 3.5

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from videomae_jax.data import decode, moving_shapes, sources
+from videomae_jax.data import decode, moving_shapes, prepared
 
 SPEC = moving_shapes.MovingShapes(size=32, frames=16, videos=32, seed=0)
 
@@ -20,7 +20,7 @@ def digest(folder) -> dict[str, str]:
 def test_splits_are_distinct_balanced_and_decodable(shapes):
     seen = set()
     for split, count in SPEC.splits().items():
-        source = sources.open_source(str(shapes), split)
+        source = prepared.open_source(str(shapes), split)
         assert len(source) == count
         assert source.classes == moving_shapes.CLASSES
         assert set(np.bincount(source.labels)) == {count // 8}

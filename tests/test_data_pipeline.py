@@ -1,6 +1,9 @@
 """The global batch is a function of (source, seed, step): for any hosts, workers and restarts."""
 
 import collections
+import dataclasses
+import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,9 +14,10 @@ import clips
 import numpy as np
 import pytest
 
-from videomae_jax.data import pipeline, sources
+from videomae_jax.data import pipeline, randaugment, sources
 
 CLIP = pipeline.PretrainClip(frames=4, stride=1, size=(16, 16))
+MIDDLE = pipeline.MiddleClip(frames=4, stride=1, size=(16, 16))
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +31,14 @@ def source(tmp_path_factory) -> sources.VideoSource:
     return sources.from_folder(folder)
 
 
-def read(source, steps, *, hosts=1, workers=0, threads=1, start=0, seed=3, batch_size=4):
+def read(source, steps, *, hosts=1, workers=0, threads=1, start=0, seed=3, batch_size=4, clip=CLIP):
     """Global batches from the parts of simulated hosts."""
     parts = [
         pipeline.iterate(
             pipeline.clips(
-                source, CLIP, seed=seed, batch_size=batch_size, start_step=start, host=host, hosts=hosts
+                source, clip, seed=seed, batch_size=batch_size, start_step=start, host=host, hosts=hosts
             ),
-            batch_size // hosts,
+            batch_size // clip.clips_per_video // hosts,
             workers=workers,
             threads=threads,
         )
@@ -43,16 +47,16 @@ def read(source, steps, *, hosts=1, workers=0, threads=1, start=0, seed=3, batch
     found = []
     for _ in range(steps):
         rows = [next(part) for part in parts]
-        # Host h holds every hosts-th example of the batch: put them back in the order of the stream.
-        found.append(
-            {
-                name: np.stack([row[name] for row in rows], 1).reshape(batch_size, *rows[0][name].shape[1:])
-                for name in rows[0]
-            }
-        )
+        # Host h holds every hosts-th video of the batch: put them back in the order of the stream.
+        found.append({name: interleave([row[name] for row in rows], clip) for name in rows[0]})
     for part in parts:
         part.close()
     return found
+
+
+def interleave(parts, clip):
+    videos = [part.reshape(-1, clip.clips_per_video, *part.shape[1:]) for part in parts]
+    return np.stack(videos, 1).reshape(-1, *parts[0].shape[1:])
 
 
 def assert_same(left, right):
@@ -132,9 +136,101 @@ def test_hosts_must_divide_the_batch(source):
         pipeline.clips(source, CLIP, seed=0, batch_size=4, hosts=3)
 
 
+@pytest.mark.parametrize(("hosts", "workers"), [(1, 0), (1, 2), (2, 0)])
+def test_several_clips_of_each_video(source, hosts, workers):
+    """Four crops of the same frames; the global batch is the same for any hosts and workers."""
+    four = dataclasses.replace(CLIP, clips_per_video=4)
+    batches = read(source, 6, hosts=hosts, workers=workers, batch_size=8, clip=four)
+    assert_same(batches, read(source, 6, batch_size=8, clip=four))
+    index = np.concatenate([batch["index"] for batch in batches])
+    np.testing.assert_array_equal(index, np.arange(48))
+    records = np.concatenate([batch["record"] for batch in batches]).reshape(12, 4)
+    assert (records == records[:, :1]).all()
+    assert len(set(records[:7, 0])) == 7
+    videos = np.concatenate([batch["video"] for batch in batches]).reshape(12, 4, -1)
+    weights = np.concatenate([batch["weight"] for batch in batches]).reshape(12, 4)
+    assert all(len(np.unique(v, axis=0)) > 1 for v, w in zip(videos, weights, strict=True) if w.all())
+    with pytest.raises(ValueError, match="batch size 6 is not a multiple of 1 hosts of 4 clips"):
+        pipeline.clips(source, four, seed=0, batch_size=6)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_once_is_every_video_once_padded_with_weight_0(source, hosts, workers):
+    batches = [
+        list(
+            pipeline.iterate(
+                pipeline.once(source, MIDDLE, 4, host=host, hosts=hosts),
+                4 // hosts,
+                workers=workers,
+                threads=2,
+            )
+        )
+        for host in range(hosts)
+    ]
+    assert [len(part) for part in batches] == [2] * hosts  # 7 videos in batches of 4
+    rows = [batch for part in batches for batch in part]
+    records = np.concatenate([row["record"] for row in rows])
+    weights = np.concatenate([row["weight"] for row in rows])
+    assert sorted(records.tolist()) == [-1, *range(7)]
+    assert weights.sum() == 6  # not the broken one, not the padding
+    assert weights[records == -1] == 0
+    assert {row["video"].shape for row in rows} == {(4 // hosts, 4, 16, 16, 3)}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_each_id_once_per_epoch(source, hosts, workers):
+    """Seven videos in batches of four: the counts divide nothing, epochs run across batches."""
+    records = np.concatenate([b["record"] for b in read(source, 7, hosts=hosts, workers=workers)])
+    assert (np.sort(records.reshape(4, 7), axis=1) == np.arange(7)).all()
+
+
+@pytest.mark.parametrize(
+    ("asked", "cores", "expected"),
+    [
+        ((-1, -1), 1, (0, 1)),
+        ((-1, -1), 4, (0, 4)),
+        ((-1, -1), 16, (4, 4)),
+        ((-1, -1), 112, (28, 4)),
+        ((8, -1), 16, (8, 2)),
+        ((0, -1), 16, (0, 16)),
+        ((-1, 2), 16, (8, 2)),
+        ((3, 5), 4, (3, 5)),
+    ],
+)
+def test_the_loader_fills_the_cores_and_no_more(asked, cores, expected):
+    workers, threads, reason = pipeline.loader_size(*asked, cores)
+    assert (workers, threads) == expected
+    assert str(cores) in reason
+    assert ("more threads than cores" in reason) == (max(workers, 1) * threads > cores)
+
+
+def test_usable_cores(monkeypatch, tmp_path):
+    assert 1 <= pipeline.usable_cores() <= os.cpu_count()
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(pipeline.pathlib, "Path", lambda _: quota)
+    monkeypatch.setattr(pipeline.os, "sched_getaffinity", lambda _: set(range(32)))
+    for text, cores in (("max 100000", 32), ("250000 100000", 2), ("50000 100000", 1), ("nonsense", 32)):
+        quota.write_text(text)
+        assert pipeline.usable_cores() == cores
+
+
+def test_a_killed_worker_is_an_error(source):
+    """The system may kill a loader process for want of memory: the reader must not wait for ever."""
+    iterator = pipeline.iterate(pipeline.clips(source, CLIP, seed=0, batch_size=4), 4, workers=1, threads=1)
+    next(iterator)
+    children = multiprocessing.active_children()
+    assert children
+    for child in children:
+        os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="terminated"):
+        collections.deque(itertools.islice(iterator, 100), maxlen=0)
+
+
 def test_middle_clips_are_fixed_and_name_what_fails(source):
-    found, ids, bad = pipeline.middle_clips(source, CLIP)
-    again, _, _ = pipeline.middle_clips(source, CLIP)
+    found, ids, bad = pipeline.middle_clips(source, MIDDLE)
+    again, _, _ = pipeline.middle_clips(source, MIDDLE)
     np.testing.assert_array_equal(found, again)
     assert found.shape == (6, 4, 16, 16, 3)
     assert ids == [f"{i}.mp4" for i in range(6)]
@@ -146,7 +242,7 @@ def test_workers_die_with_a_killed_parent(source, tmp_path):
     script.write_text(f"""
 import time
 from absl import flags
-from videomae_jax.data import pipeline, sources
+from videomae_jax.data import pipeline, randaugment, sources
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()
     clip = pipeline.PretrainClip(4, 1, (16, 16))
@@ -181,3 +277,22 @@ def _session(pid: str) -> int:
     except OSError:
         return -1
     return -1 if fields[0] == "Z" else int(fields[3])
+
+
+@pytest.mark.parametrize(("hosts", "workers"), [(1, 0), (1, 1), (2, 0)])
+@pytest.mark.parametrize("stride", [1, 0])
+def test_finetuning_clips(source, stride, hosts, workers):
+    """Repeated augmentation: two clips of each video with choices of their own, the same for any layout."""
+    policy = randaugment.parse("rand-m7-n4-mstd0.5-inc1")
+    clip = pipeline.FinetuneClip(4, stride, (16, 16), policy, erasing=0.5, clips_per_video=2)
+    batches = read(source, 4, batch_size=4, clip=clip, hosts=hosts, workers=workers)
+    assert_same(batches, read(source, 4, batch_size=4, clip=clip))
+    erase = np.concatenate([batch["erase"] for batch in batches])
+    assert erase.shape == (16, 4)
+    assert erase.dtype == np.int32
+    assert 0 < (erase[:, 2] > 0).sum() < 16
+    for batch in batches:
+        assert batch["video"].shape == (4, 4, 16, 16, 3)
+        good = batch["weight"].reshape(2, 2)[:, 0] == 1
+        first, second = batch["video"].reshape(2, 2, -1).swapaxes(0, 1)
+        assert (first[good] != second[good]).any(axis=1).all()

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from videomae_jax.data import sources
+from videomae_jax.data import prepared, sources
 
 
 def touch(folder, *names):
@@ -21,7 +21,8 @@ def test_a_flat_folder_has_no_labels(tmp_path):
     )
     assert source.ids == ("a clip.MOV", "b.mp4", "deep/c.webm")
     assert source.labels == (-1, -1, -1)
-    assert source[0] == {"path": str(tmp_path / "a clip.MOV"), "label": -1, "record": 0}
+    video = {"video": str(tmp_path / "a clip.MOV"), "name": "a clip.MOV"}
+    assert source[0] == video | {"label": -1, "record": 0, "error": ""}
     assert pickle.loads(pickle.dumps(source)) == source
 
 
@@ -45,10 +46,10 @@ def test_links_to_folders_are_followed_and_circles_end(tmp_path):
 
 def test_split_folders(tmp_path):
     touch(tmp_path, "train/a/1.mp4", "val/a/2.mp4")
-    assert sources.open_source(str(tmp_path), "train").ids == ("a/1.mp4",)
-    assert sources.open_source(str(tmp_path), "validation").ids == ("a/2.mp4",)
+    assert prepared.open_source(str(tmp_path), "train").ids == ("a/1.mp4",)
+    assert prepared.open_source(str(tmp_path), "validation").ids == ("a/2.mp4",)
     touch(tmp_path / "classes", "train/1.mp4", "bus/2.mp4")
-    assert sources.open_source(str(tmp_path / "classes"), "train").classes == ("bus", "train")
+    assert prepared.open_source(str(tmp_path / "classes"), "train").classes == ("bus", "train")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_lists(tmp_path, text, ids, labels, classes):
 def test_absolute_paths_in_a_list(tmp_path):
     touch(tmp_path / "videos", "a.mp4")
     (tmp_path / "list.csv").write_text(f"{tmp_path / 'videos' / 'a.mp4'} 0\n")
-    assert sources.from_csv(tmp_path / "list.csv")[0]["path"] == str(tmp_path / "videos" / "a.mp4")
+    assert sources.from_csv(tmp_path / "list.csv")[0]["video"] == str(tmp_path / "videos" / "a.mp4")
 
 
 @pytest.mark.parametrize(
@@ -97,19 +98,22 @@ def test_lists_that_are_refused(tmp_path, text, problem):
     touch(tmp_path, "a.mp4", "b b.mp4")
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(sources.SourceError, match=problem) as error:
-        sources.open_source(str(tmp_path / "list.csv"), "train")
+        prepared.open_source(str(tmp_path / "list.csv"), "train")
     assert "\n" not in str(error.value)
 
 
 def test_folders_that_are_refused(tmp_path):
     with pytest.raises(sources.SourceError, match="does not exist"):
-        sources.open_source(str(tmp_path / "nowhere"), "train")
+        prepared.open_source(str(tmp_path / "nowhere"), "train")
     touch(tmp_path, "readme.txt")
-    with pytest.raises(sources.SourceError, match=r"holds no video: expected files ending in \.3gp \.avi"):
-        sources.open_source(str(tmp_path), "train")
+    with pytest.raises(
+        sources.SourceError,
+        match=r"holds no video: expected folders of frames, or files ending in \.3gp \.avi",
+    ):
+        prepared.open_source(str(tmp_path), "train")
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x00\x80")
     with pytest.raises(sources.SourceError, match="cannot be read as a text list"):
-        sources.open_source(str(tmp_path / "binary.csv"), "train")
+        prepared.open_source(str(tmp_path / "binary.csv"), "train")
 
 
 def test_hold_out_does_not_depend_on_order_and_is_at_most_a_tenth():

@@ -1,9 +1,13 @@
 """Imports go one way; data never sees JAX, models never see files or settings."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
+
+import videomae_jax
 
 PACKAGE = ROOT / "videomae_jax"
 # Folder or module -> what of the package it may import (docs/architecture.md draws the same).
@@ -79,3 +83,17 @@ def test_only_the_stable_part_of_nnx_is_used():
 def test_files_are_short():
     for path in files():
         assert len(path.read_text().splitlines()) <= 450, path
+
+
+def test_reading_videos_imports_no_jax():
+    """Encoders of `prepare` are processes of their own, which start in a fraction of JAX's import time."""
+    script = "import sys, videomae_jax.data.prepare; print('jax' in sys.modules, 'tensorflow' in sys.modules)"
+    words = [sys.executable, "-c", script]
+    assert subprocess.run(words, check=True, capture_output=True, text=True).stdout == "False False\n"
+
+
+def test_public_names():
+    assert {name: getattr(videomae_jax, name).__name__ for name in videomae_jax.__all__ if name != "SIZES"}
+    assert "base" in videomae_jax.SIZES
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        videomae_jax.nothing  # noqa: B018

@@ -307,7 +307,7 @@ def test_prefetch_hands_over_batches_in_order(shapes, debug_config):
     for number in range(4):
         batch, host_fields = next(ahead)
         np.testing.assert_array_equal(host_fields["index"], np.arange(8) + 8 * number)
-        expected = [dataset[8 * number + row]["video"] for row in range(8)]
+        expected = [dataset[8 * number + row]["video"][0] for row in range(8)]
         np.testing.assert_array_equal(batch["video"], expected)
         assert set(batch) == {"video", "index", "label", "weight"}
     ahead.close()

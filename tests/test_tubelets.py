@@ -1,5 +1,6 @@
 """Order of tokens and voxels, the target's statistics, and what is refused."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,3 +66,19 @@ def test_sizes_that_do_not_divide_are_named():
         tubelets.grid_of((16, 225, 224), (2, 16, 16))
     with pytest.raises(ValueError, match="do not fill grid"):
         tubelets.unpatchify(jnp.zeros((1, 7, 24)), (2, 2, 2), (2, 2, 2))
+
+
+def test_erasing_fills_the_box_of_every_frame_with_noise(rng):
+    pixels = jnp.asarray(rng.normal(size=(3, 4, 32, 40, 3)) * 0 + 9, jnp.float32)
+    boxes = jnp.array([[4, 6, 20, 30], [0, 0, 0, 0], [31, 0, 9, 5]])  # the last one passes the edge
+    keys = jax.random.split(jax.random.key(0), 3)
+    out = np.asarray(jax.jit(tubelets.erase)(pixels, boxes, keys))
+    changed = (out != 9).any(axis=-1)
+    assert changed[0, :, 4:24, 6:36].all()
+    assert changed[0].sum() == 4 * 20 * 30
+    assert not changed[1].any()
+    assert changed[2].sum() == 4 * 1 * 5
+    noise = out[0, :, 4:24, 6:36]
+    assert abs(noise.mean()) < 0.05
+    assert abs(noise.std() - 1) < 0.05
+    assert len(np.unique(noise)) > 7000  # independent per pixel, channel and frame

@@ -1,9 +1,13 @@
 """VideoMAE in JAX: self-supervised video pretraining on TPU pods, GPUs, or a laptop."""
 
-from videomae_jax.interop.export import load, save
-from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
-from videomae_jax.models.masking import frame_mask, random_mask, tube_mask
-from videomae_jax.models.vit import SIZES
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from videomae_jax.interop.export import load, save
+    from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
+    from videomae_jax.models.masking import frame_mask, random_mask, tube_mask
+    from videomae_jax.models.vit import SIZES
 
 __all__ = [
     "SIZES",
@@ -15,3 +19,17 @@ __all__ = [
     "save",
     "tube_mask",
 ]
+
+_HOME = {
+    **dict.fromkeys(("load", "save"), "interop.export"),
+    **dict.fromkeys(("VideoMAE", "VideoMAEConfig"), "models.mae"),
+    **dict.fromkeys(("frame_mask", "random_mask", "tube_mask"), "models.masking"),
+    "SIZES": "models.vit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is used: processes that only read videos never import JAX."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -15,6 +15,7 @@ _USAGE = """usage: python -m videomae_jax COMMAND [--flag=value ...]
 
   train        --config=configs/small.py --workdir=DIR     train any task; resumes by itself
   reconstruct  VIDEO --checkpoint=PATH --out=FILE          picture of a masked clip (.gif, .mp4, .png)
+  prepare      SRC DST                                     videos to shards that are fast to read; --check
 
 COMMAND --help lists its flags; --debug shows the traceback of an error."""
 
@@ -63,9 +64,34 @@ def _reconstruct_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("seed", 0, "Of the mask.", flag_values=values)
 
 
+def _prepare(values: Any, arguments: list[str], _started: float) -> None:
+    from videomae_jax.apps import prepare
+
+    names = ("dataset", "videos", "codec", "short_side", "shard_videos", "processes", "part")
+    names += ("finish", "check", "allow_missing", "beam_options")
+    source, folder = arguments
+    prepare.run(source, folder, prepare.Options(**{name: getattr(values, name) for name in names}))
+
+
+def _prepare_flags(values: flags.FlagValues) -> None:
+    text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_bool
+    text("dataset", "video_folder", "Known data set whose annotations SRC holds.", flag_values=values)
+    text("videos", "", "Folder of the videos that annotations name; default SRC.", flag_values=values)
+    text("codec", "h264_intra", "h264_intra, h264_gop, mjpeg or keep.", flag_values=values)
+    number("short_side", 256, "Larger frames are shrunk to it, pixels.", flag_values=values)
+    number("shard_videos", 256, "Videos per shard.", flag_values=values)
+    number("processes", 0, "Encoders; default: the usable cores.", flag_values=values)
+    text("part", "", "I/N: only every N-th shard from the I-th (from 0) on.", flag_values=values)
+    switch("finish", False, "After all parts: write the manifest.", flag_values=values)
+    switch("check", False, "Read DST (SRC is its source) again; write nothing.", flag_values=values)
+    switch("allow_missing", False, "Go on without videos that are absent.", flag_values=values)
+    text("beam_options", "", "Run as an Apache Beam pipeline with these options.", flag_values=values)
+
+
 # command: (define its flags, names of its arguments, flags it cannot do without, run it)
 _COMMANDS: dict[str, tuple[Callable, Sequence[str], Sequence[str], Callable]] = {
     "train": (_train_flags, (), ("config", "workdir"), _train),
+    "prepare": (_prepare_flags, ("SRC", "DST"), (), _prepare),
     "reconstruct": (_reconstruct_flags, ("VIDEO",), ("checkpoint", "out"), _reconstruct),
 }
 
@@ -84,10 +110,11 @@ def _compile_cache() -> None:
 def _user_errors() -> tuple[type[Exception], ...]:
     from videomae_jax.config import UserError
     from videomae_jax.data.decode import DecodeError
+    from videomae_jax.data.prepare import PrepareError
     from videomae_jax.data.sources import SourceError
     from videomae_jax.interop.export import ExportError
 
-    return UserError, DecodeError, SourceError, ExportError
+    return UserError, DecodeError, PrepareError, SourceError, ExportError
 
 
 def main(started: float) -> int:
@@ -97,7 +124,7 @@ def main(started: float) -> int:
         print(_USAGE)
         return 0 if len(argv) > 1 else 2
     if argv[1] not in _COMMANDS:
-        return _complain(f"unknown command {argv[1]!r}: use {' or '.join(_COMMANDS)}")
+        return _complain(f"unknown command {argv[1]!r}: use {', '.join(_COMMANDS)}")
     define, names, needed, command = _COMMANDS[argv[1]]
     values = flags.FlagValues()
     flags.DEFINE_bool("debug", False, "Show tracebacks.", flag_values=values)

@@ -46,23 +46,24 @@ def defaults() -> Config:
     c.loss.normalize_target = True  # per tubelet and channel; False: pixels in 0..1
 
     c.data = ml_collections.ConfigDict()
-    c.data.path = ""  # folder of videos, CSV list, or moving_shapes
+    c.data.path = ""  # folder of videos, CSV list, prepared data, or moving_shapes
     c.data.frames = 16  # per clip
     c.data.stride = 4  # frames of the file from one frame of the clip to the next
     c.data.size = (224, 224)  # clip height and width, pixels
     c.data.batch_size = 256  # clips per step, over all hosts
     c.data.held_out = 16  # videos kept for the pictures, at most a tenth; unless there is a validation folder
     c.data.max_bad_fraction = 0.001  # of the set's videos that may fail to decode before the run stops
-    c.data.workers = 0  # loader processes per host; 0: threads only
-    c.data.threads = 2  # loader threads per process
+    c.data.clips_per_video = 1  # crops, with masks of their own, of the same decoded frames
+    c.data.workers = -1  # loader processes per host; 0: threads only; -1: by the usable cores
+    c.data.threads = -1  # loader threads per process; -1: by the usable cores
     c.data.generate = dict(size=64, frames=32, videos=2048, seed=0)  # of moving_shapes
 
     c.optim = ml_collections.ConfigDict()
     c.optim.unit = "epochs"  # of duration, warmup, checkpoint.every and keep_every: epochs | steps
     c.optim.duration = 800
     c.optim.warmup = 40
-    c.optim.lr = 1.5e-4  # per 256 clips: the rate used is lr * batch_size / 256
-    c.optim.min_lr = 1e-5  # per 256 clips, likewise
+    c.optim.lr = 1.5e-4  # per 256 videos: the rate used is lr * (videos in a step) / 256, as published
+    c.optim.min_lr = 1e-5  # per 256 videos, likewise
     c.optim.betas = (0.9, 0.95)
     c.optim.epsilon = 1e-8
     c.optim.weight_decay = 0.05
@@ -93,8 +94,15 @@ _FREE_KEYS = re.compile(
 
 
 _AT_LEAST = {
-    **{"data.frames": 1, "data.stride": 1, "data.batch_size": 1, "data.held_out": 0, "data.workers": 0},
-    **{"data.threads": 0, "mesh.fsdp": 1, "mesh.tensor": 1, "model.unroll": 1, "checkpoint.keep_last": 1},
+    **{"data.frames": 1, "data.stride": 1, "data.batch_size": 1, "data.held_out": 0, "data.workers": -1},
+    **{
+        "data.threads": -1,
+        "data.clips_per_video": 1,
+        "mesh.fsdp": 1,
+        "mesh.tensor": 1,
+        "model.unroll": 1,
+        "checkpoint.keep_last": 1,
+    },
     **{"log.steps": 1, "log.pictures": 1, "optim.max_skipped": 1},
 }
 
@@ -162,18 +170,27 @@ class Schedule:
 
 
 def finalize(config: Config, num_videos: int) -> Schedule:
-    """Turns epochs into steps and scales the learning rates, once; an epoch is floor(videos / batch) steps.
+    """Turns epochs into steps and scales the learning rates, once.
+
+    A step takes batch_size / clips_per_video videos, an epoch floor(videos / that) steps. The learning rate
+    follows the videos, not the clips, of a step, as published.
 
     Raises:
         UserError: an unknown unit, a duration without a step, or a warm-up that outlasts it.
     """
     optim, batch_size = config.optim, config.data.batch_size
+    if batch_size % config.data.clips_per_video:
+        raise UserError(
+            f"data.batch_size={batch_size} counts clips: make it a multiple of data.clips_per_video="
+            f"{config.data.clips_per_video}"
+        )
+    batch_videos = batch_size // config.data.clips_per_video
     if optim.unit not in ("epochs", "steps"):
         raise UserError(f"optim.unit={optim.unit!r} is unknown: use epochs or steps")
-    per_epoch = num_videos // batch_size
+    per_epoch = num_videos // batch_videos
     if optim.unit == "epochs" and per_epoch == 0:
         raise UserError(
-            f"data.batch_size={batch_size} is more than the {num_videos} videos of an epoch: lower it, or "
+            f"data.batch_size={batch_size} takes more than the {num_videos} videos of an epoch: lower it, or "
             f"count in steps (--config.optim.unit=steps)"
         )
     unit = per_epoch if optim.unit == "epochs" else 1
@@ -190,7 +207,7 @@ def finalize(config: Config, num_videos: int) -> Schedule:
         raise UserError(
             f"checkpoint.every={every} must be positive and divide checkpoint.keep_every={keep_every}"
         )
-    scale = batch_size / 256
+    scale = batch_videos / 256
     return Schedule(
         steps_per_epoch=per_epoch,
         total_steps=total,

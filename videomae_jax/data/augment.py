@@ -1,7 +1,11 @@
 """Whole-clip spatial augmentation: one random choice for all frames of a clip; the rng is passed in."""
 
+import math
+
 import numpy as np
 from PIL import Image
+
+from videomae_jax.data import decode
 
 _SCALES = (1.0, 0.875, 0.75, 0.66)
 # Corners and centre, edge middles, quarter points: multiples of a quarter of the free width and height.
@@ -12,9 +16,7 @@ _OFFSETS = (
 )
 
 
-def multi_scale_box(
-    height: int, width: int, size: tuple[int, int], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
+def multi_scale_box(height: int, width: int, size: tuple[int, int], rng: np.random.Generator) -> decode.Box:
     """The published pretraining crop as (top, left, crop height, crop width), in pixels.
 
     Sides are 1, 0.875, 0.75 or 0.66 of the short side, neighbours in that list at most; a side within 3
@@ -37,23 +39,20 @@ def multi_scale_box(
     )
 
 
-def resized_crop(frames: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
-    """Crops uint8 [T, H, W, 3] to `box` (top, left, height, width) and resizes to `size` (height, width).
-
-    Bilinear with anti-aliasing, as PIL does; what lies outside the frame is black.
-    """
-    top, left, height, width = box
+def resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [T, H, W, 3] -> [T, *size, 3], bilinear with anti-aliasing as PIL does."""
+    if frames.shape[1:3] == size:
+        return frames
     out = np.empty((len(frames), *size, frames.shape[-1]), np.uint8)
     for frame, target in zip(frames, out, strict=True):
-        image = Image.fromarray(frame).crop((left, top, left + width, top + height))
-        target[:] = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+        image = Image.fromarray(frame).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        target[:] = np.asarray(image)
     return out
 
 
-def multi_scale_crop(frames: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """The published pretraining augmentation of a whole clip, uint8 [T, H, W, 3] -> [T, *size, 3]."""
-    _, height, width, _ = frames.shape
-    return resized_crop(frames, multi_scale_box(height, width, size, rng), size)
+def resized_crop(frames: np.ndarray, box: decode.Box, size: tuple[int, int]) -> np.ndarray:
+    """Crops uint8 [T, H, W, 3] to `box` and resizes to `size`; what lies outside the frame is black."""
+    return resize(np.stack([decode.crop(frame, box) for frame in frames]), size)
 
 
 def centre_crop(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -63,3 +62,79 @@ def centre_crop(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     crop_height, crop_width = round(size[0] * scale), round(size[1] * scale)
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
     return resized_crop(frames, (top, left, crop_height, crop_width), size)
+
+
+def random_resized_box(
+    height: int, width: int, rng: np.random.Generator, area: tuple[float, float] = (0.08, 1.0)
+) -> decode.Box:
+    """The published finetuning crop: a share of the area and an aspect ratio of 3/4 to 4/3, then a place.
+
+    After ten tries that do not fit, the central crop with the nearest ratio.
+    """
+    low, high = 3 / 4, 4 / 3
+    for _ in range(10):
+        target = rng.uniform(*area) * height * width
+        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+        crop_width, crop_height = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(rng.integers(height - crop_height + 1))
+            left = int(rng.integers(width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    ratio = min(max(width / height, low), high)
+    crop_height, crop_width = min(height, round(width / ratio)), min(width, round(height * ratio))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def interpolate(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [T, H, W, 3] -> [T, *size, 3], bilinear without anti-aliasing, as published for finetuning.
+
+    Pixel centres are aligned (PyTorch's `align_corners=False`); results are rounded to whole levels.
+    """
+    if frames.shape[1:3] == size:
+        return frames
+    (low, high, weight), (left, right, across) = (
+        _taps(given, wanted) for given, wanted in zip(frames.shape[1:3], size, strict=True)
+    )
+    weight, across = weight[:, None, None], across[None, :, None]
+    out = np.empty((len(frames), *size, frames.shape[-1]), np.uint8)
+    for frame, target in zip(frames, out, strict=True):
+        exact = frame.astype(np.float32)
+        rows = exact[low]
+        rows += weight * (exact[high] - rows)
+        blended = rows[:, left]
+        blended += across * (rows[:, right] - blended)
+        blended += 0.5  # assignment cuts the fraction off
+        target[:] = blended
+    return out
+
+
+def _taps(given: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(lower neighbour, upper neighbour, weight of the upper) of each of `wanted` pixels."""
+    centres = np.maximum((np.arange(wanted) + 0.5) * (given / wanted) - 0.5, 0)
+    low = np.minimum(centres.astype(np.int64), given - 1)
+    return low, np.minimum(low + 1, given - 1), (centres - low).astype(np.float32)
+
+
+def flip(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Mirrors a clip left to right with probability one half (not for data sets where sides matter)."""
+    return frames[:, :, ::-1] if rng.random() < 0.5 else frames
+
+
+def erasing_box(
+    height: int, width: int, rng: np.random.Generator, probability: float = 0.25
+) -> tuple[int, int, int, int]:
+    """The published random erasing: one box for all frames, (0, 0, 0, 0) for none.
+
+    The box is filled on the device with normal noise in normalised units, which bytes cannot hold.
+    """
+    if rng.random() >= probability:
+        return 0, 0, 0, 0
+    for _ in range(100):
+        target = rng.uniform(0.02, 1 / 3) * height * width
+        ratio = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+        box_height, box_width = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if box_height < height and box_width < width:
+            top = int(rng.integers(height - box_height + 1))
+            left = int(rng.integers(width - box_width + 1))
+            return top, left, box_height, box_width
+    return 0, 0, 0, 0

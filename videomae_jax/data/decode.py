@@ -6,7 +6,9 @@ decoding starts at the last key frame before each wanted frame; elsewhere it sta
 
 import bisect
 import dataclasses
+import fractions
 import functools
+import hashlib
 import io
 import itertools
 import os
@@ -54,13 +56,14 @@ class Video:
     Args:
         source: a local path, or the file's bytes.
         threads: decoder threads; one per loader worker is best, 0 lets libav choose.
+        name: in errors, of bytes.
 
     Raises:
         DecodeError: the file is missing, is no video, or holds no frame.
     """
 
-    def __init__(self, source: str | os.PathLike | bytes, threads: int = 1):
-        self.name = "video" if isinstance(source, bytes) else os.fspath(source)
+    def __init__(self, source: str | os.PathLike | bytes, threads: int = 1, name: str = "video"):
+        self.name = name if isinstance(source, bytes) else os.fspath(source)
         self._source, self._threads = source, threads
         self._open()
         try:
@@ -142,6 +145,20 @@ class Video:
         """Average frames per second; 0.0 where the file does not say."""
         return float(self._stream.average_rate or 0)
 
+    def digest(self) -> str:
+        """SHA-256 of the file's bytes.
+
+        Raises:
+            DecodeError: it has gone.
+        """
+        if isinstance(self._source, bytes):
+            return hashlib.sha256(self._source).hexdigest()
+        try:
+            with open(self._source, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise self._error("cannot be read", error) from None
+
     def index_at(self, seconds: float) -> int:
         """Index of the frame on show `seconds` after the first one; the last frame after the end.
 
@@ -191,15 +208,30 @@ class Video:
             raise self._error(f"frame {missing[0]} of {self.num_frames} is damaged")
         return np.stack([frames[int(i)] for i in indices])
 
-    def frames(self) -> Iterator[av.VideoFrame]:
-        """All frames in the order of presentation, as stored (not turned).
+    @property
+    def time_base(self) -> fractions.Fraction:
+        """Seconds per tick, of `time_of`."""
+        if self._is_timed and self._stream.time_base:
+            return self._stream.time_base
+        return 1 / (self._stream.average_rate or fractions.Fraction(25))
+
+    def time_of(self, index: int) -> fractions.Fraction:
+        """When frame `index` is shown, in seconds; by the frame rate where the file has no times."""
+        return self.time_base * (self._times[index] if self._is_timed else index)
+
+    def frames(self, first: int = 0, last: int | None = None) -> Iterator[av.VideoFrame]:
+        """Frames [first, last) in the order of presentation, as stored (not turned), whole or corrupt.
 
         Raises:
             DecodeError: the file is damaged.
         """
+        if first and self._is_timed:
+            last = self.num_frames if last is None else last
+            yield from (frame for _, frame in self._read_timed(list(range(first, last))))
+            return
         self._container.close()
         self._open()
-        yield from self._decode(self._demux())
+        yield from itertools.islice(self._decode(self._demux()), first, last)
 
     def _read_counted(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
         for index, frame in enumerate(self.frames()) if wanted else ():
@@ -328,6 +360,10 @@ def crop(frame: np.ndarray, box: Box) -> np.ndarray:
     return padded
 
 
+SAME_ON_EVERY_CPU = {"x264-params": "cpu-independent=1"}
+"""Option of libx264 without which its bytes differ between processors, and for tiny frames between calls."""
+
+
 def read_clip(source: str | os.PathLike | bytes, indices: Sequence[int]) -> np.ndarray:
     """Opens `source`, reads the frames at `indices`, closes it; see `Video.read`."""
     with Video(source) as video:
@@ -343,8 +379,9 @@ def write_video(path: str | pathlib.Path, frames: np.ndarray, fps: int, crf: int
     _, height, width, _ = frames.shape
     if height % 2 or width % 2:
         raise ValueError(f"H.264 needs an even frame size, not {width}x{height}")
+    options = {"crf": str(crf), "preset": "veryfast", **SAME_ON_EVERY_CPU}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})
+        stream = container.add_stream("libx264", rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in frames:

@@ -6,15 +6,19 @@ replaced and nothing is raised inside the pipeline, where it would silently end 
 
 import ctypes
 import dataclasses
+import os
+import pathlib
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import grain
 import numpy as np
 
-from videomae_jax.data import augment, decode, sampling
-from videomae_jax.data.sources import Record, VideoSource
+from videomae_jax.data import augment, decode, randaugment, reading, sampling
+from videomae_jax.data.reading import AnyVideo
+from videomae_jax.data.sources import Record, Source
 
 HOST_ONLY = ("record", "error")
 """Fields of a batch that stay on the host: which videos, and why one could not be decoded."""
@@ -22,62 +26,166 @@ HOST_ONLY = ("record", "error")
 
 @dataclasses.dataclass(frozen=True)
 class PretrainClip(grain.transforms.RandomMap):
-    """Record -> one augmented pretraining clip, uint8 [frames, *size, 3], by the published recipe.
+    """Record -> augmented pretraining clips of one video, by the published recipe.
 
     Attributes:
         frames: frames per clip.
         stride: distance of consecutive frames, in frames of the file.
         size: output (height, width) in pixels.
+        clips_per_video: crops of the same frames, decoded once (V2 takes four).
+    """
+
+    frames: int
+    stride: int
+    size: tuple[int, int]
+    clips_per_video: int = 1
+
+    def random_map(  # pyright: ignore[reportIncompatibleMethodOverride] (Grain's own says None)
+        self, element: tuple[int, Record], rng: np.random.Generator
+    ) -> dict[str, Any]:
+        """(place in the stream of videos, record) -> its clips, uint8 [R, T, H, W, 3], and their fields."""
+
+        def choose_box(height: int, width: int) -> decode.Box:
+            return augment.multi_scale_box(height, width, self.size, rng)
+
+        def clips(video: AnyVideo) -> np.ndarray:
+            wanted = sampling.pretrain_clip(video.num_frames, self.frames, self.stride, rng)
+            if self.clips_per_video == 1:
+                return augment.resize(video.read(wanted, choose_box), self.size)[None]
+            frames = video.read(wanted)
+            boxes = [choose_box(*frames.shape[1:3]) for _ in range(self.clips_per_video)]
+            return np.stack([augment.resized_crop(frames, box, self.size) for box in boxes])
+
+        return _element(*element, clips, (self.clips_per_video, self.frames, *self.size, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneClip(grain.transforms.RandomMap):
+    """Record -> augmented clips of one video, by the published finetuning recipe.
+
+    Each clip has its own frames, operations, crop, flip and erasing box; the video is opened once.
+
+    Attributes:
+        frames: frames per clip.
+        stride: distance of frames in the file; 0 takes one frame of each of `frames` equal parts.
+        size: output (height, width) in pixels.
+        policy: of RandAugment; None leaves colours and shapes alone.
+        flip: mirror half of the clips; wrong where left and right matter (Something-Something).
+        erasing: probability that a box of a clip is erased (on the device; field `erase`).
+        clips_per_video: repeated augmentation.
+    """
+
+    frames: int
+    stride: int
+    size: tuple[int, int]
+    policy: randaugment.Policy | None = None
+    flip: bool = True
+    erasing: float = 0.25
+    clips_per_video: int = 1
+
+    def random_map(  # pyright: ignore[reportIncompatibleMethodOverride] (Grain's own says None)
+        self, element: tuple[int, Record], rng: np.random.Generator
+    ) -> dict[str, Any]:
+        """As `PretrainClip.random_map`; `erase` int32 [R, 4] is (top, left, height, width) of each clip."""
+
+        def clips(video: AnyVideo) -> np.ndarray:
+            return np.stack([self._clip(video, rng) for _ in range(self.clips_per_video)])
+
+        shape = (self.clips_per_video, self.frames, *self.size, 3)
+        boxes = [augment.erasing_box(*self.size, rng, self.erasing) for _ in range(self.clips_per_video)]
+        made = _element(*element, clips, shape)
+        return made | {"erase": np.array(boxes, np.int32)}
+
+    def _clip(self, video: AnyVideo, rng: np.random.Generator) -> np.ndarray:
+        if self.stride:
+            wanted = sampling.dense_clip(video.num_frames, self.frames, self.stride, rng)
+        else:
+            wanted = sampling.segment_clip(video.num_frames, self.frames, rng)
+        frames = video.read(wanted)
+        if self.policy:
+            frames = randaugment.apply(frames, self.policy, rng)
+        top, left, height, width = augment.random_resized_box(frames.shape[1], frames.shape[2], rng)
+        frames = frames[:, top : top + height, left : left + width]
+        frames = augment.interpolate(frames, self.size)
+        return augment.flip(frames, rng) if self.flip else frames
+
+
+@dataclasses.dataclass(frozen=True)
+class MiddleClip(grain.transforms.Map):
+    """Record -> the middle clip of its video, cropped to the centre: nothing random.
+
+    Attributes: as those of `PretrainClip`.
     """
 
     frames: int
     stride: int
     size: tuple[int, int]
 
-    def random_map(  # pyright: ignore[reportIncompatibleMethodOverride] (Grain's own says None)
-        self, element: tuple[int, Record], rng: np.random.Generator
+    def map(  # pyright: ignore[reportIncompatibleMethodOverride] (Grain's own says None)
+        self, element: tuple[int, Record | None]
     ) -> dict[str, Any]:
-        """(index in the stream, record) -> the clip and what belongs to it; a broken video weighs 0."""
-        index, record = element
-        clip = np.zeros((self.frames, *self.size, 3), np.uint8)
-        error = ""
+        """(place, record, None where there is none) -> its clip, uint8 [1, T, H, W, 3], and its fields."""
+
+        def clips(video: AnyVideo) -> np.ndarray:
+            wanted = sampling.pretrain_clip(video.num_frames, self.frames, self.stride, None)
+            return augment.centre_crop(video.read(wanted), self.size)[None]
+
+        return _element(*element, clips, (1, self.frames, *self.size, 3))
+
+
+def _element(
+    index: int,
+    record: Record | None,
+    clips: Callable[[AnyVideo], np.ndarray],
+    shape: tuple[int, ...],
+) -> dict[str, Any]:
+    """What `clips` makes of a video, and its names; zeros of weight 0 where it cannot be read or is none."""
+    error, made = "", None  # made: [R, T, H, W, 3]
+    if record is not None:
+        error = record["error"]
         try:
-            with decode.Video(record["path"]) as video:
-                wanted = sampling.pretrain_clip(video.num_frames, self.frames, self.stride, rng)
-                clip = augment.multi_scale_crop(video.read(wanted), self.size, rng)
+            if not error:
+                with reading.open_video(record["video"], record["name"]) as video:
+                    made = clips(video)
         except decode.DecodeError as reason:
             error = str(reason)
-        return {
-            "video": clip,
-            "index": np.uint32(index),
-            "label": np.int32(record["label"]),
-            "weight": np.float32(not error),
-            "record": np.int32(record["record"]),
-            "error": error,
-        }
+    return {
+        "video": np.zeros(shape, np.uint8) if made is None else made,
+        "index": np.uint32(index),
+        "label": np.int32(record["label"] if record else -1),
+        "weight": np.float32(made is not None),
+        "record": np.int32(record["record"] if record else -1),
+        "error": error,
+    }
 
 
-def middle_clips(source: VideoSource, clip: PretrainClip) -> tuple[np.ndarray, list[str], dict[str, str]]:
-    """The middle clip of each video, cropped to its centre: nothing random.
+def _merged(batch: dict[str, Any]) -> dict[str, Any]:
+    """[videos, clips of each, ...] -> [clips, ...]; fields of a video go to each of its clips."""
+    repeats = batch["video"].shape[1]
+    merged = {
+        name: np.repeat(value, repeats) if value.ndim == 1 else value.reshape(-1, *value.shape[2:])
+        for name, value in batch.items()
+    }
+    merged["index"] = (batch["index"][:, None] * repeats + np.arange(repeats, dtype=np.uint32)).reshape(-1)
+    return merged
+
+
+def middle_clips(source: Source, clip: MiddleClip) -> tuple[np.ndarray, list[str], dict[str, str]]:
+    """The middle clip of each video.
 
     Returns:
         uint8 [B, T, H, W, 3] of the videos that decode, their ids, and id -> reason of the others.
     """
-    clips, ids, bad = [], [], {}
-    for index, name in enumerate(source.ids):
-        try:
-            with decode.Video(source[index]["path"]) as video:
-                wanted = sampling.pretrain_clip(video.num_frames, clip.frames, clip.stride, None)
-                clips.append(augment.centre_crop(video.read(wanted), clip.size))
-                ids.append(name)
-        except decode.DecodeError as reason:
-            bad[name] = str(reason)
-    return np.array(clips), ids, bad
+    rows = list(iterate(once(source, clip, 1), 1, workers=0, threads=1))
+    ids = [source.ids[row["record"][0]] for row in rows]
+    good = [i for i, row in enumerate(rows) if row["weight"][0]]
+    bad = {name: str(row["error"][0]) for name, row in zip(ids, rows, strict=True) if not row["weight"][0]}
+    return np.array([rows[i]["video"][0] for i in good]), [ids[i] for i in good], bad
 
 
 def clips(
-    source: VideoSource,
-    transform: grain.transforms.RandomMap,
+    source: Source,
+    transform: PretrainClip | FinetuneClip,
     *,
     seed: int,
     batch_size: int,
@@ -85,40 +193,88 @@ def clips(
     host: int = 0,
     hosts: int = 1,
 ) -> grain.MapDataset:
-    """This host's clips from `start_step` on, 2^32 in all; batch_size / hosts of them make a host batch.
+    """This host's videos from `start_step` on, 2^32 in all, each with its clips.
 
-    Global batch s holds records [s * B, (s + 1) * B) of a stream that is reshuffled every epoch; host h
-    takes every `hosts`-th of them, from the h-th on. Clips and random draws are the same for any number of
-    hosts.
+    The videos of global batch s are records [s * V, (s + 1) * V) of a stream that is reshuffled every
+    epoch, V = batch_size / clips_per_video; host h takes every `hosts`-th of them, from the h-th on. Clips
+    and random draws are the same for any number of hosts.
+
+    Args:
+        batch_size: clips of a global batch.
 
     Raises:
         ValueError: the hosts do not divide the batch.
     """
-    if batch_size % hosts:
-        raise ValueError(f"batch size {batch_size} is not a multiple of {hosts} hosts")
+    videos = batch_size // transform.clips_per_video
+    if batch_size % transform.clips_per_video or videos % hosts:
+        each = f" of {transform.clips_per_video} clips" if transform.clips_per_video > 1 else ""
+        raise ValueError(f"batch size {batch_size} is not a multiple of {hosts} hosts{each}")
     # Not repeat(None): its length overflows once batches and slices are taken of it.
     stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat(2**32 // len(source) + 1)
     drawn = stream.map_with_index(lambda index, record: (index, record)).random_map(transform)
     # Slicing after random_map: before it, every host would draw from the same random stream.
-    return drawn[start_step * batch_size + host :: hosts]
+    return drawn[start_step * videos + host :: hosts]
+
+
+def once(
+    source: Source, transform: grain.transforms.Map, batch_size: int, *, host: int = 0, hosts: int = 1
+) -> grain.MapDataset:
+    """Every video once, in order: this host's part of global batches of `batch_size` videos.
+
+    The last batch is filled up with zeros of weight 0 and record -1, so that all hosts take the same steps.
+    """
+    total = -(-len(source) // batch_size) * batch_size
+    places = grain.MapDataset.range(total)[host::hosts]
+    return places.map(lambda i: (i, source[i] if i < len(source) else None)).map(transform)
 
 
 def iterate(
-    dataset: grain.MapDataset, host_batch: int, *, workers: int, threads: int
+    dataset: grain.MapDataset, host_videos: int, *, workers: int, threads: int
 ) -> grain.DatasetIterator[dict[str, Any]]:
-    """Batches of `host_batch` clips, made ahead of their reader: two batches, or two per worker.
+    """Batches of the clips of `host_videos` videos, made ahead of their reader: two, or two per worker.
 
     Args:
         workers: processes, each making whole batches; 0 makes clips in `threads` threads of this process.
         threads: threads in each process; libav and PIL let Python go on meanwhile.
     """
     if not workers:
-        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * host_batch, threads))
-        return iter(dataset.to_iter_dataset(ahead).batch(host_batch))
+        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * host_videos, threads))
+        return iter(dataset.to_iter_dataset(ahead).batch(host_videos).map(_merged))
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    batches = dataset.batch(host_batch).to_iter_dataset(ahead)
-    return iter(batches.mp_prefetch(options, worker_init_fn=_die_with_parent))
+    batches = dataset.batch(host_videos).to_iter_dataset(ahead)
+    return iter(batches.mp_prefetch(options, worker_init_fn=_die_with_parent).map(_merged))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and the quota of its control group (Linux)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(min(cores, int(quota) // int(period)), 1)
+    except (OSError, ValueError):  # no such group, or "max"
+        return cores
+
+
+_PROCESS_THREADS = 4
+"""Loader threads in one process: with more, Python's lock (a tenth of a prepared clip's time) is felt."""
+
+
+def loader_size(workers: int, threads: int, cores: int) -> tuple[int, int, str]:
+    """(processes, threads in each, the reason); -1 stands for a number that fills the cores and no more.
+
+    >>> loader_size(-1, -1, 2)[:2], loader_size(-1, -1, 16)[:2], loader_size(8, -1, 16)[:2]
+    ((0, 2), (4, 4), (8, 2))
+    """
+    asked = f"as set, {cores} cores" if workers >= 0 and threads >= 0 else f"of {cores} usable cores"
+    if workers < 0:
+        per_process = threads if threads > 0 else _PROCESS_THREADS
+        workers = 0 if cores <= per_process else cores // per_process
+    if threads < 0:
+        threads = max(cores // max(workers, 1), 1)
+    if max(workers, 1) * threads > cores:
+        asked += ", more threads than cores"
+    return workers, threads, asked
 
 
 def _die_with_parent(_worker: int, _workers: int) -> None:

@@ -1,12 +1,16 @@
-"""Where videos come from: a folder, or a CSV list; random access to (path, label, id) records."""
+"""Where videos come from, local or remote (gs://): random access to records of a folder or a CSV list."""
 
+import abc
 import csv
 import dataclasses
 import hashlib
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import TypedDict
+from typing import TypedDict, TypeVar
+
+from etils import epath
 
 SUFFIXES = frozenset(
     [
@@ -27,6 +31,7 @@ SUFFIXES = frozenset(
         ".wmv",
     ]
 )
+IMAGE_SUFFIXES = frozenset([".bmp", ".jpeg", ".jpg", ".png", ".webp"])
 _SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 
 
@@ -35,20 +40,28 @@ class SourceError(ValueError):
 
 
 class Record(TypedDict):
-    """One video: a local path, its class (-1: unknown), and its place in the source."""
+    """One video: a path or a file's bytes, its class (-1: unknown), its place in the source.
 
-    path: str
+    `name` is its id. `error` says why a stored video could not be read; it is empty for all others.
+    """
+
+    video: str | bytes
+    name: str
     label: int
     record: int
+    error: str
+
+
+AnySource = TypeVar("AnySource", bound="Source")
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoSource:
-    """A list of videos, in a fixed order.
+class Source(abc.ABC):
+    """Videos in a fixed order, random-access and picklable: what the loader draws from.
 
     Attributes:
-        root: the folder that ids are relative to.
-        ids: relative paths, unique; they name the videos in logs and predictions.
+        root: the folder that they are in.
+        ids: unique; they name the videos in logs and predictions.
         labels: class of each video, -1 where unknown.
         classes: class names in label order; empty without labels.
     """
@@ -61,15 +74,17 @@ class VideoSource:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> Record:
-        index = int(index)
-        path = str(pathlib.Path(self.root, self.ids[index]))
-        return {"path": path, "label": self.labels[index], "record": index}
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> Record: ...
 
-    def select(self, indices: Sequence[int]) -> "VideoSource":
+    def select(self: AnySource, indices: Sequence[int]) -> AnySource:
         """The videos at `indices`, in that order."""
-        ids, labels = (tuple(field[i] for i in indices) for field in (self.ids, self.labels))
-        return dataclasses.replace(self, ids=ids, labels=labels)
+        per_video = {
+            field.name: tuple(getattr(self, field.name)[i] for i in indices)
+            for field in dataclasses.fields(self)
+            if field.name in ("ids", "labels", "positions")
+        }
+        return dataclasses.replace(self, **per_video)
 
     def fingerprint(self) -> str:
         """Hash of ids and labels in order: equal means that the same stream of records is drawn."""
@@ -77,61 +92,81 @@ class VideoSource:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def split_folder(path: str, split: str) -> pathlib.Path | None:
+def join(root: str, path: str) -> epath.Path:
+    """A path relative to `root`, unless it is absolute or a URL."""
+    return epath.Path(path) if "://" in path else epath.Path(root) / path
+
+
+class VideoSource(Source):
+    """Files, or folders of frames; an id is a path relative to `root`."""
+
+    def __getitem__(self, index: int) -> Record:
+        index = int(index)
+        path = str(join(self.root, self.ids[index]))
+        name, label = self.ids[index], self.labels[index]
+        return {"video": path, "name": name, "label": label, "record": index, "error": ""}
+
+
+def split_folder(path: str, split: str) -> epath.Path | None:
     """The subfolder of `path` for "train", "validation" or "test"; None where there is none.
 
     A folder is divided if it has `train` and another of these; one of them alone is a class.
     """
-    present = {name for names in _SPLITS.values() for name in names if pathlib.Path(path, name).is_dir()}
+    names = [name for known in _SPLITS.values() for name in known]
+    present = {name for name in names if (epath.Path(path) / name).is_dir()}
     if "train" not in present or len(present) < 2:
         return None
-    return next((pathlib.Path(path, name) for name in _SPLITS[split] if name in present), None)
+    return next((epath.Path(path) / name for name in _SPLITS[split] if name in present), None)
 
 
-def _files_below(folder: pathlib.Path, seen: set[pathlib.Path]) -> Iterator[pathlib.Path]:
-    """All files, also behind symbolic links to folders; a link back to a folder above it ends there."""
-    if folder.resolve() in seen:
+def videos_below(folder: epath.Path, seen: frozenset[str] = frozenset()) -> Iterator[epath.Path]:
+    """Video files and folders of frames, also behind links to folders; a link back up ends there."""
+    place = str(folder) if "://" in str(folder) else os.path.realpath(folder)
+    if place in seen:
         return
+    folders, files = [], []
     for entry in folder.iterdir():
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _files_below(entry, seen | {folder.resolve()})
-        elif entry.is_file():
-            yield entry
+        if not entry.name.startswith("."):
+            (folders if entry.is_dir() else files).append(entry)
+    videos = [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
+    if seen and not videos and not folders and any(f.suffix.lower() in IMAGE_SUFFIXES for f in files):
+        yield folder
+    yield from videos
+    for entry in folders:
+        yield from videos_below(entry, seen | {place})
 
 
-def from_folder(path: str | pathlib.Path) -> VideoSource:
+def from_folder(path: str | os.PathLike) -> VideoSource:
     """All videos below a folder; if each lies in a subfolder, the top subfolders are the classes.
+
+    A subfolder with nothing but images is a video, each image a frame.
 
     Raises:
         SourceError: no such folder, or no video in it.
     """
-    root = pathlib.Path(path)
+    root = epath.Path(path)
     if not root.is_dir():
         raise SourceError(f"{root} is not a folder: pass a folder of videos or a CSV list of them")
-    files = sorted(
-        file.relative_to(root) for file in _files_below(root, set()) if file.suffix.lower() in SUFFIXES
-    )
-    if not files:
+    found = sorted(pathlib.PurePosixPath(video.relative_to(root)) for video in videos_below(root))
+    if not found:
         known = " ".join(sorted(SUFFIXES))
-        raise SourceError(f"{root} holds no video: expected files ending in {known}")
-    ids = tuple(file.as_posix() for file in files)
-    if any(len(file.parts) == 1 for file in files):
+        raise SourceError(f"{root} holds no video: expected folders of frames, or files ending in {known}")
+    ids = tuple(video.as_posix() for video in found)
+    if any(len(video.parts) == 1 for video in found):
         return VideoSource(str(root), ids, (-1,) * len(ids))
-    classes = sorted({file.parts[0] for file in files})
-    labels = tuple(classes.index(file.parts[0]) for file in files)
+    classes = sorted({video.parts[0] for video in found})
+    labels = tuple(classes.index(video.parts[0]) for video in found)
     return VideoSource(str(root), ids, labels, tuple(classes))
 
 
-def _read_rows(path: pathlib.Path) -> list[tuple[int, list[str]]]:
+def _read_rows(path: epath.Path) -> list[tuple[int, list[str]]]:
     """(line number, fields) of a list separated by tabs, commas or spaces; quotes protect separators."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read as a text list: {error}") from None
     text = next((line.strip() for line in lines if line.strip()), "")
-    whole = (path.parent / text).is_file()  # paths only, one a line, whatever is in them
+    whole = join(str(path.parent), text).exists()  # paths only, one a line, whatever is in them
     delimiter = "\t" if whole else next((d for d in "\t, " if d in text), "\t")
     rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
     parsed = [(rows.line_num, [field.strip() for field in row]) for row in rows]
@@ -140,7 +175,7 @@ def _read_rows(path: pathlib.Path) -> list[tuple[int, list[str]]]:
     return [(line, row) for line, row in parsed if any(row)]
 
 
-def from_csv(path: str | pathlib.Path) -> VideoSource:
+def from_csv(path: str | os.PathLike) -> VideoSource:
     """A list with a path and an optional label per line; relative paths start at the list's folder.
 
     Columns are separated by tabs, commas or spaces (the published lists), fields with separators are
@@ -152,7 +187,7 @@ def from_csv(path: str | pathlib.Path) -> VideoSource:
     Raises:
         SourceError: an unreadable or empty list, a wrong column, an absent file, or a repeated one.
     """
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     rows = _read_rows(path)
     if not rows:
         raise SourceError(f"{path} is empty: expected a path and an optional label per line")
@@ -183,7 +218,7 @@ def from_csv(path: str | pathlib.Path) -> VideoSource:
     return VideoSource(str(path.parent), tuple(ids), numbers, classes)
 
 
-def _check_files(path: pathlib.Path, ids: list[str], lines: list[int]) -> None:
+def _check_files(path: epath.Path, ids: list[str], lines: list[int]) -> None:
     if not ids:
         raise SourceError(f"{path} lists no video below its header")
     first_line: dict[str, int] = {}
@@ -191,34 +226,18 @@ def _check_files(path: pathlib.Path, ids: list[str], lines: list[int]) -> None:
     for video, line in zip(ids, lines, strict=True):
         if first_line.setdefault(video, line) != line:
             raise SourceError(f"{path}, line {line}: {video} is already on line {first_line[video]}")
-        if not (path.parent / video).is_file():
+        if not join(str(path.parent), video).exists():
             absent.append((line, video))
     if absent:
         line, video = absent[0]
         raise SourceError(
-            f"{path}, line {line}: no file {path.parent / video} ({len(absent)} of {len(ids)} are absent): "
-            f"correct the paths, relative ones start at the list's folder; a header must name a column `path`"
+            f"{path}, line {line}: no file {join(str(path.parent), video)} ({len(absent)} of {len(ids)} are "
+            f"absent): correct the paths, relative ones start at the list's folder; a header must name"
+            f" a column `path`"
         )
 
 
-def open_source(path: str, split: str) -> VideoSource:
-    """Videos of one split of `path`: a CSV list, or a folder (its `split` subfolder if it has one).
-
-    A list, or a folder without subfolders `train` and `validation`, is all "train".
-
-    Raises:
-        SourceError: there is nothing to read.
-    """
-    if not pathlib.Path(path).exists():
-        raise SourceError(f"{path} does not exist: pass a folder of videos or a CSV list of them")
-    if pathlib.Path(path).suffix.lower() in SUFFIXES and pathlib.Path(path).is_file():
-        raise SourceError(f"{path} is a video: pass its folder, or a list that names it")
-    if pathlib.Path(path).is_file():
-        return from_csv(path)
-    return from_folder(split_folder(path, split) or path)
-
-
-def hold_out(source: VideoSource, videos: int) -> tuple[VideoSource, VideoSource]:
+def hold_out(source: Source, videos: int) -> tuple[Source, Source]:
     """Divides a source into (kept, held out): `videos` of them, at most a tenth, chosen by their ids' hash.
 
     The choice does not depend on order or seed, so a video stays held out from run to run.

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Key, Num
 
 LOSSES = ("mse", "l1", "smooth_l1")
 
@@ -74,6 +74,24 @@ def normalize_pixels(
     voxels = pixels.shape[-1] // len(mean)
     x = pixels.astype(jnp.float32) / 255
     return (x - jnp.tile(jnp.array(mean), voxels)) / jnp.tile(jnp.array(std), voxels)
+
+
+def erase(
+    pixels: Float[Array, "B T H W C"], boxes: Int[Array, "B 4"], keys: Key[Array, " B"]
+) -> Float[Array, "B T H W C"]:
+    """Random erasing of normalised pixels: each clip's box, the same in all frames, becomes normal noise.
+
+    Args:
+        boxes: (top, left, height, width) in pixels; height or width 0 erases nothing.
+        keys: one per clip.
+    """
+    _, _, height, width, _ = pixels.shape
+    top, left, tall, wide = (boxes[:, i, None] for i in range(4))
+    rows = (jnp.arange(height) >= top) & (jnp.arange(height) < top + tall)
+    columns = (jnp.arange(width) >= left) & (jnp.arange(width) < left + wide)
+    inside = (rows[:, :, None] & columns[:, None, :])[:, None, :, :, None]
+    noise = jax.vmap(lambda key: jax.random.normal(key, pixels.shape[1:], pixels.dtype))(keys)
+    return jnp.where(inside, noise, pixels)
 
 
 def statistics(

@@ -17,7 +17,7 @@ from videomae_jax import config as settings
 from videomae_jax import sharding
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import pipeline
-from videomae_jax.data.sources import VideoSource
+from videomae_jax.data.sources import Source
 from videomae_jax.training import checkpoint, optim, report, step, tasks
 
 _AHEAD = 2  # batches on the device beyond the one in use
@@ -74,7 +74,7 @@ def _train(
     config: Config,
     workdir: pathlib.Path,
     task: tasks.Pretrain,
-    source: VideoSource,
+    source: Source,
     schedule: settings.Schedule,
     mesh: jax.sharding.Mesh,
     interrupt: "_Interrupt",
@@ -109,8 +109,8 @@ def _train(
             hosts=jax.process_count(),
         )
         phases.end("restore")
-        host_batch = config.data.batch_size // jax.process_count()
-        batches = prefetch(dataset, host_batch, mesh, config.data.workers, config.data.threads)
+        host_videos = config.data.batch_size // config.data.clips_per_video // jax.process_count()
+        batches = prefetch(dataset, host_videos, mesh, *_loader_size(config)[:2])
 
         def finish_step(number: int, metrics: step.Metrics, host_fields: dict[str, np.ndarray]) -> None:
             log.step(number + 1, guard.look(number, metrics, host_fields))
@@ -155,21 +155,33 @@ def _train(
 
 
 def prefetch(
-    dataset: grain.MapDataset, host_batch: int, mesh: jax.sharding.Mesh, workers: int, threads: int
+    dataset: grain.MapDataset, host_videos: int, mesh: jax.sharding.Mesh, workers: int, threads: int
 ) -> Generator[tuple[step.Batch, dict[str, np.ndarray]]]:
     """Yields (global arrays, host-only fields), with `_AHEAD` later batches already on their way."""
-    iterator = pipeline.iterate(dataset, host_batch, workers=workers, threads=threads)
+    iterator = pipeline.iterate(dataset, host_videos, workers=workers, threads=threads)
     queue: collections.deque = collections.deque()
     try:
         while True:
             while len(queue) <= _AHEAD:
-                local = next(iterator)
+                local = _next(iterator)
                 host_fields = {name: local.pop(name) for name in pipeline.HOST_ONLY}
                 host_fields["index"] = local["index"]
                 queue.append((sharding.global_batch(mesh, local), host_fields))
             yield queue.popleft()
     finally:
         iterator.close()
+
+
+def _next(iterator: grain.DatasetIterator[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return next(iterator)
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise TrainingError(
+            "a loader process was killed, perhaps for want of memory: the same command resumes from the last "
+            "checkpoint; fewer processes (--config.data.workers) need less memory"
+        ) from None
 
 
 @dataclasses.dataclass
@@ -181,7 +193,7 @@ class BadVideos:
         reasons: id -> why.
     """
 
-    source: VideoSource
+    source: Source
     max_fraction: float
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -213,9 +225,7 @@ def _round_up(fraction: float) -> float:
 class _Guard:
     """Fetches metrics and records steps that changed nothing because loss or gradient were not finite."""
 
-    def __init__(
-        self, workdir: pathlib.Path, source: VideoSource, root: jax.Array, limit: int, start_step: int
-    ):
+    def __init__(self, workdir: pathlib.Path, source: Source, root: jax.Array, limit: int, start_step: int):
         self.path, self.source, self.limit = workdir / "skipped_steps.jsonl", source, limit
         self.root = np.asarray(jax.random.key_data(root)).tolist()
         self.skipped = report.keep_lines(self.path, start_step)
@@ -293,7 +303,7 @@ def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def _claim(workdir: pathlib.Path, config: Config, source: VideoSource) -> None:
+def _claim(workdir: pathlib.Path, config: Config, source: Source) -> None:
     """Makes the work folder this run's, or checks that it already is.
 
     Raises:
@@ -321,14 +331,15 @@ def _claim(workdir: pathlib.Path, config: Config, source: VideoSource) -> None:
         )
 
 
+def _loader_size(config: Config) -> tuple[int, int, str]:
+    return pipeline.loader_size(config.data.workers, config.data.threads, pipeline.usable_cores())
+
+
 def _announce(config, task, source, schedule, mesh) -> None:
     devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
-    loader = (
-        f"{config.data.workers} processes x {config.data.threads} threads"
-        if config.data.workers
-        else f"{config.data.threads} threads"
-    )
+    workers, threads, reason = _loader_size(config)
+    loader = f"{workers} processes x {threads} threads" if workers else f"{threads} threads"
     report.say(
         f"{config.task}: {len(source)} videos, {schedule.total_steps} steps of {config.data.batch_size} "
-        f"clips on {devices}, {task.describe()}, loader: {loader}"
+        f"clips on {devices}, {task.describe()}, loader: {loader} ({reason})"
     )

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from videomae_jax.apps import reconstruct
 from videomae_jax.config import Config, UserError
-from videomae_jax.data import moving_shapes, pipeline, sources
+from videomae_jax.data import moving_shapes, pipeline, prepared, sources
 from videomae_jax.evaluation import reconstruction
 from videomae_jax.interop import export
 from videomae_jax.models import masking, tubelets
@@ -33,6 +33,7 @@ class Pretrain:
         normalize_target: predict normalised tubelets (published) or pixels in 0..1.
         loss_kind: "mse" (published), "l1" or "smooth_l1".
         stride: frames of the file from one frame of a clip to the next.
+        clips_per_video: crops, each with its own mask, of the same decoded frames.
     """
 
     model: VideoMAEConfig
@@ -41,6 +42,7 @@ class Pretrain:
     normalize_target: bool
     loss_kind: str
     stride: int
+    clips_per_video: int = 1
 
     @functools.cached_property
     def graphdef(self) -> Any:
@@ -80,7 +82,7 @@ class Pretrain:
     def clip_transform(self) -> pipeline.PretrainClip:
         """Record -> training clip."""
         frames, *size = self.model.clip_size
-        return pipeline.PretrainClip(frames, self.stride, (size[0], size[1]))
+        return pipeline.PretrainClip(frames, self.stride, (size[0], size[1]), self.clips_per_video)
 
     def metadata(self) -> dict[str, Any]:
         """What is stored beside the parameters."""
@@ -105,7 +107,7 @@ class Pretrain:
     def finish(
         self,
         params: dict,
-        held_out: sources.VideoSource,
+        held_out: sources.Source,
         config: Config,
         workdir: pathlib.Path,
     ) -> dict[str, Any]:
@@ -114,7 +116,9 @@ class Pretrain:
         Clips and masks are the same for every run: the middle of each video, cropped to its centre.
         """
         chosen = held_out.select(_spread(len(held_out), _FINAL_CLIPS))
-        clips, ids, bad = pipeline.middle_clips(chosen, self.clip_transform)
+        of = self.clip_transform
+        middle = pipeline.MiddleClip(of.frames, of.stride, of.size)
+        clips, ids, bad = pipeline.middle_clips(chosen, middle)
         if not ids:
             report.say(f"no pictures: none of the {len(chosen)} held-out videos can be decoded")
             return {"reconstruction": None, "bad_held_out_videos": bad}
@@ -184,6 +188,7 @@ def make_task(config: Config) -> Pretrain:
             normalize_target=config.loss.normalize_target,
             loss_kind=config.loss.kind,
             stride=config.data.stride,
+            clips_per_video=config.data.clips_per_video,
         )
         masking.counts(task.mask, task.model.grid, task.mask_ratio)
     except ValueError as error:
@@ -203,7 +208,7 @@ def make_task(config: Config) -> Pretrain:
 
 def open_data(
     config: Config,
-) -> tuple[sources.VideoSource, sources.VideoSource]:
+) -> tuple[sources.Source, sources.Source]:
     """(training videos, held-out videos) of `data.path`; generates moving_shapes where it is named.
 
     Held-out videos are those of a validation folder; without one they are taken from the training videos,
@@ -215,12 +220,14 @@ def open_data(
     data = config.data
     path = data.path
     if not path:
-        raise UserError("data.path is empty: name a folder of videos, a CSV list, or moving_shapes")
+        raise UserError(
+            "data.path is empty: name a folder of videos, a CSV list, prepared data, or moving_shapes"
+        )
     if path == "moving_shapes":
         path = str(_moving_shapes(data.generate))
-    train = sources.open_source(path, "train")
-    if os.path.isdir(path) and sources.split_folder(path, "validation"):
-        return train, sources.open_source(path, "validation")
+    train = prepared.open_source(path, "train")
+    if prepared.has_split(path, "validation"):
+        return train, prepared.open_source(path, "validation")
     kept, held_out = sources.hold_out(train, data.held_out)
     if not len(held_out):
         report.say(f"{len(train)} videos are too few to hold any out: pictures show training clips")
@@ -233,9 +240,7 @@ def _moving_shapes(generate: Config) -> pathlib.Path:
     folder = pathlib.Path(cache, "videomae_jax")
     report.say(f"moving_shapes: {generate.videos} training videos, cached in {folder}")
     spec = moving_shapes.MovingShapes(**generate)
-    has_affinity = hasattr(os, "sched_getaffinity")  # Linux: the cores that this process may use
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     try:
-        return moving_shapes.generate(spec, folder, processes=cores)
+        return moving_shapes.generate(spec, folder, processes=pipeline.usable_cores())
     except ValueError as error:
         raise UserError(f"data.generate: {error}") from None

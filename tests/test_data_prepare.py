@@ -1,0 +1,338 @@
+"""Prepared data: exact frames, the same bytes whoever writes them, resumable, checked."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import clips
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from videomae_jax.apps import prepare as command
+from videomae_jax.data import decode, pipeline, prepare, prepared, sources, transcode
+from videomae_jax.data.builders.video_folder import video_folder
+from videomae_jax.data.collection import Collection, Entry
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> pathlib.Path:
+    """Ten videos in two classes and two splits, one of them broken."""
+    root = tmp_path_factory.mktemp("own")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 2)):
+        for i in range(count):
+            frames = np.repeat(np.repeat(rng.integers(0, 256, (12, 8, 12, 3), dtype=np.uint8), 4, 1), 4, 2)
+            clips.write(root / split / ("run" if i % 2 else "walk") / f"{i}.mp4", frames)
+    (root / "train" / "run" / "broken.mp4").write_bytes(b"no video")
+    return root
+
+
+def run(source, folder, **options) -> dict:
+    command.run(str(source), str(folder), command.Options(**{"processes": 1, "shard_videos": 3, **options}))
+    return json.loads((folder / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def done(videos, tmp_path_factory) -> pathlib.Path:
+    """`videos` prepared with the defaults, three videos per shard."""
+    folder = tmp_path_factory.mktemp("prepared") / "own"
+    run(videos, folder)
+    return folder
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_manifest(done, videos):
+    manifest = prepared.read_manifest(str(done))
+    assert manifest["records"] == 10
+    assert manifest["splits"]["train"] == {"records": 8, "shard_lengths": [3, 2, 3]}
+    assert manifest["splits"]["validation"] == {"records": 2, "shard_lengths": [2]}
+    assert manifest["classes"] == ["run", "walk"]
+    (failure,) = manifest["failed"]
+    assert failure["id"] == "run/broken.mp4"
+    assert "cannot be opened" in failure["reason"]
+    assert not list(done.glob(".*"))
+
+
+def test_tfds_opens_it_by_its_ordinary_api(done, videos):
+    builder = tfds.builder_from_directory(done)
+    assert builder.info.features["label"].names == ["run", "walk"]
+    found = builder.as_data_source("train")
+    assert len(found) == 8
+    assert "tensorflow" not in sys.modules
+    record = found[0]
+    assert (record["id"], record["label"], record["frames"], record["fps"]) == (b"run/1.mp4", 0, 12, 10.0)
+    assert (record["height"], record["width"]) == (32, 48)
+    with decode.Video(record["video"]) as video:
+        assert video.num_frames == 12
+
+
+@pytest.mark.parametrize("codec", transcode.CODECS)
+def test_every_form_of_every_real_file_has_its_frames(real_videos, codec, rng):
+    """Random access into the stored form equals its plain full decode; its frames are those of the source."""
+    for path in sorted(real_videos.iterdir()):
+        if path.name == "corrupted.mp4":
+            assert "damaged" in prepare.encode(Entry("x", str(path)), transcode.Form(codec))
+            continue
+        stored = transcode.transcode(str(path), transcode.Form(codec, 128))
+        with decode.Video(stored.video) as video, decode.Video(path) as source:
+            assert video.num_frames == source.num_frames == stored.frames
+            whole = np.stack([f.to_ndarray(format="rgb24") for f in video.frames()])
+            wanted = rng.integers(stored.frames, size=5)
+            found = video.read(wanted)
+            turns = int(whole.shape[1:3] != found.shape[1:3])
+            np.testing.assert_array_equal(found, np.rot90(whole[wanted], turns, axes=(1, 2)))
+            assert found.shape[1:3] == (stored.height, stored.width)
+            half = (video.num_frames - 1) / max(video.fps, 1) / 2
+            assert abs(video.index_at(half) - source.index_at(half)) <= 1
+            original = source.read(wanted)
+            if codec != "keep":
+                assert min(stored.height, stored.width) == min(128, *original.shape[1:3])
+                colours = original.mean(axis=(1, 2)) - found.mean(axis=(1, 2))
+                assert np.abs(colours).max() < 4, path.name
+
+
+def test_the_default_form_is_close_and_not_twice_the_size(real_videos):
+    path = real_videos / "mmaction_test.mp4"
+    stored = transcode.transcode(str(path), transcode.Form())
+    wanted = range(0, 300, 20)
+    error = decode.read_clip(path, wanted).astype(float) - decode.read_clip(stored.video, wanted)
+    assert 10 * np.log10(255**2 / np.mean(error**2)) > 36
+    assert len(stored.video) < 2 * path.stat().st_size
+
+
+def test_shrunk_is_even_and_never_larger():
+    assert transcode.shrunk(256, 340, 256) == (256, 340)
+    assert transcode.shrunk(480, 640, 256) == (256, 340)
+    assert transcode.shrunk(1920, 1080, 256) == (454, 256)
+    assert transcode.shrunk(101, 75, 256) == (100, 74)
+
+
+def test_the_loader_reads_it_like_files(done, videos):
+    clip = pipeline.PretrainClip(4, 1, (16, 16))
+    source = prepared.open_source(str(done), "train")
+    assert source.ids == tuple(i for i in sources.from_folder(videos / "train").ids if "broken" not in i)
+    batches = [
+        next(pipeline.iterate(pipeline.clips(source, clip, seed=0, batch_size=8), 8, workers=w, threads=2))
+        for w in (0, 1)
+    ]
+    np.testing.assert_array_equal(batches[0]["video"], batches[1]["video"])
+    assert sorted(batches[0]["record"]) == list(range(8))
+    assert (batches[0]["weight"] == 1).all()
+    few = source.select([6, 1])
+    assert few.ids == (source.ids[6], source.ids[1])
+    assert few[1]["video"] == source[1]["video"]
+    assert source.fingerprint() != few.fingerprint()
+
+
+@pytest.mark.parametrize("way", ["again", "two processes", "parts"])
+def test_all_ways_give_the_same_bytes(done, videos, tmp_path, way):
+    folder = tmp_path / "own"
+    if way == "parts":
+        for part in (2, 0, 1):
+            command.run(
+                str(videos), str(folder), command.Options(processes=1, shard_videos=3, part=f"{part}/3")
+            )
+            assert not prepared.is_prepared(str(folder))
+        run(videos, folder, finish=True)
+    else:
+        run(videos, folder, processes=2 if way == "two processes" else 1)
+    assert contents(folder) == contents(done)
+
+
+def test_killed_at_random_points_and_run_again(done, videos, tmp_path):
+    folder = tmp_path / "own"
+    words = [sys.executable, "-m", "videomae_jax", "prepare", str(videos), str(folder)]
+    words += ["--processes=1", "--shard_videos=3"]
+    moments = random.Random(0)
+    for sign in ("prepare.json", ".partial-*", ".reports/*-00000.json", ".reports/*-00001.json"):
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not list(folder.glob(sign)) and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.02))
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (folder / "manifest.json").exists()
+    subprocess.run(words, check=True, capture_output=True)
+    assert contents(folder) == contents(done)
+
+
+def test_a_shard_that_is_written_is_not_written_again(done, videos, tmp_path, monkeypatch):
+    job = command._job(str(videos), str(tmp_path / "own"), command.Options(shard_videos=3))
+    prepare.claim(job)
+    prepare.write(job, prepare.pending(job)[:2], 1)
+    assert len(prepare.pending(job)) == 2
+    written = []
+    plain = prepare.write_shard
+    monkeypatch.setattr(prepare, "write_shard", lambda j, s, v: written.append(s.number) or plain(j, s, v))
+    prepare.run(job, 1)
+    assert len(written) == 2
+    assert contents(tmp_path / "own") == contents(done)
+    assert prepare.run(job, 1) == prepared.read_manifest(job.folder)  # finished: nothing to do
+
+
+def test_damage_is_found_and_named(done, tmp_path, capsys):
+    for path in done.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    run_check = command.Options(check=True)
+    command.run("-", str(tmp_path), run_check)
+    assert "all 10 records are as written" in capsys.readouterr().out
+    shard = next(p for p in tmp_path.iterdir() if "train.array_record-00001" in p.name)
+    data = bytearray(shard.read_bytes())
+    row = prepared.read_rows(str(tmp_path))[3]  # the first one of this shard
+    place = data.find(b"ftypisom", int(row["bytes"]))
+    data[place + 200] ^= 255
+    shard.write_bytes(data)
+    with pytest.raises(command.UserError, match="damaged in 1 places"):
+        command.run("-", str(tmp_path), run_check)
+    assert f"{shard.name}, record 1 (" in capsys.readouterr().out
+    source = prepared.open_source(str(tmp_path), "train")
+    bad = [source[i] for i in range(len(source)) if source[i]["error"]]
+    assert len(bad) == 1
+    assert f"{shard.name}, record 1 ({source.ids[bad[0]['record']]}): cannot be read" in bad[0]["error"]
+    shard.unlink()
+    with pytest.raises(command.UserError):
+        command.run("-", str(tmp_path), run_check)
+    assert f"{shard.name}: is absent" in capsys.readouterr().out
+
+
+def test_what_is_there_is_not_overwritten(videos, done, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(prepare.PrepareError, match=r"holds something else \(notes.txt\)"):
+        run(videos, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    before = contents(done)
+    with pytest.raises(prepare.PrepareError, match="codec: h264_intra -> mjpeg"):
+        run(videos, done, codec="mjpeg")
+    with pytest.raises(prepare.PrepareError, match="is a file"):
+        run(videos, done / "manifest.json")
+    assert contents(done) == before
+
+
+def test_a_newer_format_is_refused(done, tmp_path, videos):
+    for name in ("manifest.json", "prepare.json"):
+        found = json.loads((done / name).read_text()) | {"format": 2}
+        (tmp_path / name).write_text(json.dumps(found))
+    with pytest.raises(sources.SourceError, match="has format 2, this version reads up to 1: update"):
+        prepared.open_source(str(tmp_path), "train")
+    with pytest.raises(sources.SourceError, match="has format 2"):
+        run(videos, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"dataset": "kinetics"}, "--dataset=kinetics is unknown: use video_folder, kinetics400"),
+        ({"codec": "av1"}, "--codec=av1 is unknown: use h264_intra"),
+        ({"short_side": 0}, "--short_side=0 must be positive"),
+        ({"part": "3/3"}, "--part=3/3 is not understood"),
+        ({"part": "1"}, "--part=1 is not understood"),
+    ],
+)
+def test_wrong_options(videos, tmp_path, options, text):
+    with pytest.raises(command.UserError) as error:
+        run(videos, tmp_path, **options)
+    assert text in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unfinished_parts_are_named(videos, tmp_path):
+    command.run(str(videos), str(tmp_path), command.Options(processes=1, shard_videos=3, part="0/2"))
+    with pytest.raises(prepare.PrepareError, match=r"2 of 4 shards .* the first is .*-00001-of"):
+        run(videos, tmp_path, finish=True)
+
+
+def test_ids_labels_and_absent_videos_are_checked():
+    one = Entry("a", "a.mp4", 0)
+    with pytest.raises(sources.SourceError, match="the id a is there twice"):
+        Collection("x", {"train": [one, one]}, ("c",)).checked(False)
+    with pytest.raises(sources.SourceError, match="a has label 3, of 1 classes"):
+        Collection("x", {"train": [Entry("a", "", 3)]}, ("c",)).checked(False)
+    lacking = Collection("x", {"train": [one]}, ("c",), absent={"train": ["b"]})
+    with pytest.raises(sources.SourceError, match="1 of 2 videos are absent, the first is b"):
+        lacking.checked(False)
+    assert lacking.checked(True) is lacking
+    with pytest.raises(sources.SourceError, match="no video to prepare"):
+        Collection("x", {"train": []}, absent={"train": ["b"]}).checked(True)
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(videos, tmp_path, monkeypatch):
+    from array_record.python import array_record_module
+
+    class Full:
+        def __init__(self, *_):
+            pass
+
+        def write(self, _data):
+            raise RuntimeError("write() failed: No space left on device; writing x")
+
+        def close(self):
+            pass
+
+    job = command._job(str(videos), str(tmp_path), command.Options(shard_videos=3))
+    with monkeypatch.context() as patch:
+        patch.setattr(array_record_module, "ArrayRecordWriter", Full)
+        with pytest.raises(prepare.PrepareError, match=r"no space left in .*: free some"):
+            prepare.run(job, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"prepare.json"}
+    assert prepare.run(job, 1)["records"] == 10
+
+
+def test_a_killed_encoder_is_one_line(videos, tmp_path):
+    job = command._job(str(videos), str(tmp_path), command.Options(shard_videos=3))
+    prepare.claim(job)
+    entry = Entry("stop", str(tmp_path / "fifo"))
+    os.mkfifo(entry.path)  # the encoder waits for it until it is killed
+    shard = prepare.Shard("train", 0, 1, (entry,))
+    import multiprocessing
+    import threading
+
+    def kill():
+        for _ in range(100):
+            time.sleep(0.1)
+            for child in multiprocessing.active_children():
+                time.sleep(1)
+                child.kill()
+                return
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(prepare.PrepareError, match="a worker process was killed"):
+        prepare.write(job, [shard], 1)
+    thread.join()
+    assert not (tmp_path / ".reports").exists()
+
+
+def test_frame_folders_are_prepared_too(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "frames" / "jump" / "video1"
+    folder.mkdir(parents=True)
+    for i, frame in enumerate(clips.numbered_frames(12)):
+        Image.fromarray(frame).save(folder / f"img_{i + 1}.png")
+    manifest = run(tmp_path / "frames", tmp_path / "out")
+    assert (manifest["records"], manifest["frames"]) == (1, 12)
+    record = prepared.open_source(str(tmp_path / "out"), "train")[0]
+    assert clips.frame_numbers(decode.read_clip(record["video"], range(12))) == list(range(12))
+
+
+def test_a_prepared_folder_is_not_prepared_again(done, tmp_path):
+    with pytest.raises(sources.SourceError, match="is prepared already"):
+        run(done, tmp_path)
+
+
+def test_classes_of_a_split_that_lacks_some(tmp_path):
+    for name in ("train/a/1.mp4", "train/b/2.mp4", "val/b/3.mp4"):
+        clips.write(tmp_path / name, clips.numbered_frames(3))
+    collection = video_folder(command.epath.Path(tmp_path), command.epath.Path(tmp_path))
+    assert collection.classes == ("a", "b")
+    assert [entry.label for entry in collection.splits["validation"]] == [1]

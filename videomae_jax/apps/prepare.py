@@ -1,0 +1,108 @@
+"""The command `prepare`: a collection of videos to a prepared data set, here or on many machines."""
+
+import dataclasses
+import pathlib
+import re
+import shlex
+
+from etils import epath
+
+from videomae_jax.config import UserError
+from videomae_jax.data import pipeline, prepare, prepared, transcode
+from videomae_jax.data.builders import BUILDERS
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags of the command, as they were given; the command line describes them."""
+
+    dataset: str = "video_folder"
+    videos: str = ""
+    codec: str = "h264_intra"
+    short_side: int = 256
+    shard_videos: int = 256
+    processes: int = 0
+    part: str = ""
+    finish: bool = False
+    check: bool = False
+    allow_missing: bool = False
+    beam_options: str = ""
+
+
+def run(source: str, folder: str, options: Options) -> None:
+    """Prepares `source` into `folder` and says how it went.
+
+    Raises:
+        UserError: options that make no sense, or a damaged folder (`check`).
+        SourceError: `source` cannot be read or does not fit the data set.
+        PrepareError: the work cannot go on.
+    """
+    if options.check:
+        _check(folder)
+        return
+    job = _job(source, folder, options)
+    part = _part(options.part)
+    processes = options.processes or pipeline.usable_cores()
+    if options.finish:
+        prepare.claim(job)
+        manifest = prepare.finished(job) or prepare.finish(job)
+    elif options.beam_options:
+        from videomae_jax.data import prepare_beam  # Beam has an environment of its own
+
+        manifest = prepare_beam.run(job, shlex.split(options.beam_options))
+    else:
+        videos = sum(map(len, job.collection.splits.values()))
+        print(
+            f"{videos} videos, {job.form.codec}, short side {job.form.short_side}, {processes} processes",
+            flush=True,
+        )
+        manifest = prepare.run(job, processes, part)
+    if manifest is None:
+        print(f"part {options.part} of {folder} is written; --finish ends the work when all parts are")
+        return
+    for failure in manifest["failed"]:
+        print(f"left out: {failure['reason']}")
+    counts = ", ".join(f"{split} {found['records']}" for split, found in manifest["splits"].items())
+    print(
+        f"{folder}: {manifest['records']} videos ({counts}), {manifest['bytes'] / 1e6:.1f} MB, "
+        f"{len(manifest['failed'])} failed, {len(manifest['absent'])} absent, hash {manifest['hash'][:16]}"
+    )
+
+
+def _job(source: str, folder: str, options: Options) -> prepare.Job:
+    if options.dataset not in BUILDERS:
+        raise UserError(f"--dataset={options.dataset} is unknown: use {', '.join(BUILDERS)}")
+    if options.codec not in transcode.CODECS:
+        raise UserError(f"--codec={options.codec} is unknown: use {', '.join(transcode.CODECS)}")
+    for name in ("short_side", "shard_videos"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name}={getattr(options, name)} must be positive")
+    if "://" in folder:
+        raise UserError(f"{folder} is remote: prepare into a local or mounted folder, then copy it")
+    where = epath.Path(source)
+    if not where.exists():
+        raise UserError(f"{source} does not exist: pass a folder of videos, a list, or annotation files")
+    collection = BUILDERS[options.dataset](where, epath.Path(options.videos or source))
+    form = transcode.Form(options.codec, options.short_side)
+    path = str(pathlib.Path(folder).absolute())
+    return prepare.Job(collection.checked(options.allow_missing), path, form, options.shard_videos)
+
+
+def _part(text: str) -> tuple[int, int]:
+    if not text:
+        return 0, 1
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise UserError(f"--part={text} is not understood: use I/N with I from 0 to N - 1")
+    return int(match[1]), int(match[2])
+
+
+def _check(folder: str) -> None:
+    faults = 0
+    for fault in prepared.damage(folder):
+        print(fault, flush=True)
+        faults += 1
+    if faults:
+        raise UserError(f"{folder} is damaged in {faults} places: prepare it again")
+    manifest = prepared.read_manifest(folder)
+    print(f"{folder}: all {manifest['records']} records are as written, hash {manifest['hash'][:16]}")

@@ -1,0 +1,20 @@
+"""Known data sets, from official annotation files and a local folder of videos: no downloads."""
+
+from videomae_jax.data.builders.ava import ava
+from videomae_jax.data.builders.hmdb51 import hmdb51
+from videomae_jax.data.builders.kinetics import kinetics
+from videomae_jax.data.builders.ssv2 import ssv2
+from videomae_jax.data.builders.ucf101 import ucf101
+from videomae_jax.data.builders.video_folder import video_folder
+
+BUILDERS = {
+    "video_folder": video_folder,
+    "kinetics400": kinetics(400),
+    "kinetics600": kinetics(600),
+    "kinetics700": kinetics(700),
+    "ssv2": ssv2,
+    **{f"ucf101_{number}": ucf101(number) for number in (1, 2, 3)},
+    **{f"hmdb51_{number}": hmdb51(number) for number in (1, 2, 3)},
+    "ava": ava,
+}
+"""Name -> function of (annotations, or what `video_folder` takes; folder of videos) -> Collection."""

@@ -1,0 +1,89 @@
+"""AVA 2.2: clips around key frames, with person boxes and their actions (arXiv 1705.08421).
+
+Read from ava_train_v2.2.csv, ava_val_v2.2.csv, the lists of excluded timestamps, and the action list; the
+movies are whole, so that seconds in the files are seconds of the movie.
+"""
+
+import csv
+import re
+
+from etils import epath
+
+from videomae_jax.data.collection import Collection, Entry, VideoFinder, collect, find_file
+from videomae_jax.data.sources import SourceError
+
+_ACTIONS = 80
+SECONDS = 3.0
+"""Length of a stored clip, its key frame in the middle: 64 frames of 24 to 30 per second, and some."""
+FEATURES = {
+    "timestamp": ((), "float32"),  # seconds into the movie
+    "boxes": ((None, 4), "float32"),  # x1, y1, x2, y2 as shares of width and height
+    "actions": ((None, _ACTIONS), "uint8"),  # of each box, 1 where it applies
+    "persons": ((None,), "int32"),
+}
+
+
+_Boxes = dict[tuple[float, ...], list[int]]
+"""(x1, y1, x2, y2, person) -> its actions, 1 where they apply."""
+
+
+def ava(annotations: epath.Path, videos: epath.Path) -> Collection:
+    """One record per annotated key frame, with the id MOVIE/SECOND; label -1.
+
+    Raises:
+        SourceError: annotation files of something else.
+    """
+    file = find_file(annotations, "action list", "ava_action_list_v2.2.pbtxt")
+    pairs = re.findall(r'name:\s*"([^"]*)"\s*(?:label_)?id:\s*(\d+)', file.read_text())
+    names = {int(number): name for name, number in pairs}
+    if sorted(names) != list(range(1, _ACTIONS + 1)):
+        raise SourceError(f"{file} has {len(names)} actions, not the {_ACTIONS} of AVA 2.2")
+    splits = {
+        split: _entries(annotations, short) for split, short in (("train", "train"), ("validation", "val"))
+    }
+    classes = tuple(names[number] for number in sorted(names))
+    return collect("ava", splits, VideoFinder(videos), classes, FEATURES)
+
+
+def _entries(annotations: epath.Path, short: str) -> list[tuple[Entry, list[str]]]:
+    excluded_file = f"ava_{short}_excluded_timestamps_v2.2.csv"
+    excluded = {
+        tuple(row) for row in _rows(find_file(annotations, "list of excluded timestamps", excluded_file), 2)
+    }
+    frames: dict[tuple[str, str], _Boxes] = {}
+    file = find_file(annotations, f"{short} list", f"ava_{short}_v2.2.csv")
+    for movie, second, x1, y1, x2, y2, action, person in _rows(file, 8):
+        if (movie, second) in excluded:
+            continue
+        boxes = frames.setdefault((movie, second), {})
+        if not action:  # a key frame without anybody
+            continue
+        if not 1 <= int(action) <= _ACTIONS:
+            raise SourceError(f"{file}: {movie}, second {second} has action {action}, of {_ACTIONS}")
+        key = (*(float(value) for value in (x1, y1, x2, y2)), float(person))
+        boxes.setdefault(key, [0] * _ACTIONS)[int(action) - 1] = 1
+    return [(_entry(movie, float(second), boxes), [movie]) for (movie, second), boxes in frames.items()]
+
+
+def _entry(movie: str, second: float, boxes: _Boxes) -> Entry:
+    extra = {
+        "timestamp": second,
+        "boxes": [list(key[:4]) for key in boxes],
+        "actions": list(boxes.values()),
+        "persons": [int(key[4]) for key in boxes],
+    }
+    return Entry(
+        id=f"{movie}/{second:g}",
+        path="",
+        seconds=(max(second - SECONDS / 2, 0.0), second + SECONDS / 2),
+        extra=extra,
+    )
+
+
+def _rows(file: epath.Path, columns: int) -> list[list[str]]:
+    with file.open("r") as lines:
+        rows = [row for row in csv.reader(lines) if row]
+    odd = next((row for row in rows if len(row) != columns), None)
+    if odd is not None:
+        raise SourceError(f"{file} is no list of AVA 2.2: {odd} has {len(odd)} columns, not {columns}")
+    return rows

@@ -1,0 +1,370 @@
+"""Videos to ArrayRecord shards that TFDS opens: verified, shrunk, re-encoded; resumable, in parts.
+
+The work is cut into shards before it begins, each a fixed run of videos, so that whoever writes a shard
+(this process, another machine with `part`, an Apache Beam worker) writes the same bytes. A shard and its
+report appear by renaming, and a rerun skips them. `finish` makes TFDS's metadata of the reports, the table
+of records and, last of all, the manifest: a folder without one is not finished.
+"""
+
+import collections
+import concurrent.futures
+import csv
+import ctypes
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import pathlib
+import shutil
+import signal
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
+import tqdm
+from etils import epath
+
+from videomae_jax.data import decode, prepared, transcode
+from videomae_jax.data.collection import Collection, Entry
+
+_REPORTS, _SETTINGS, _PARTIAL = ".reports", "prepare.json", ".partial-"
+
+
+class PrepareError(ValueError):
+    """Preparation cannot go on; the text says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A run of videos of one split that is written as one file."""
+
+    split: str
+    number: int
+    total: int
+    entries: tuple[Entry, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that decides the bytes of a prepared folder.
+
+    Attributes:
+        folder: a local or mounted folder.
+        shard_videos: videos per shard, before those that cannot be decoded are left out.
+    """
+
+    collection: Collection
+    folder: str
+    form: transcode.Form
+    shard_videos: int
+
+    def shards(self) -> list[Shard]:
+        """The whole work, in order."""
+        found = []
+        for split, entries in self.collection.splits.items():
+            runs = [
+                tuple(entries[start : start + self.shard_videos])
+                for start in range(0, len(entries), self.shard_videos)
+            ]
+            found += [Shard(split, number, len(runs), run) for number, run in enumerate(runs)]
+        return found
+
+    def path(self, shard: Shard) -> pathlib.Path:
+        """The file of a shard."""
+        name = prepared.shard_name(self.collection.name, shard.split, shard.number, shard.total)
+        return pathlib.Path(self.folder, name)
+
+    def report(self, shard: Shard) -> pathlib.Path:
+        """What is known of a written shard: a line per record, and the failures. The last file it gets."""
+        return pathlib.Path(self.folder, _REPORTS, f"{shard.split}-{shard.number:05d}.json")
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same for a rerun."""
+        form = dataclasses.asdict(self.form)
+        return {
+            "format": prepared.FORMAT,
+            "name": self.collection.name,
+            **form,
+            "shard_videos": self.shard_videos,
+            "videos": self.collection.fingerprint(),
+        }
+
+
+def claim(job: Job) -> None:
+    """Makes the folder this job's, or checks that it already is.
+
+    Raises:
+        PrepareError: it holds something else, or the work of other settings or videos.
+    """
+    folder = pathlib.Path(job.folder)
+    if folder.exists() and not folder.is_dir():
+        raise PrepareError(f"{folder} is a file: name a folder to prepare into")
+    folder.mkdir(parents=True, exist_ok=True)
+    path, ours = folder / _SETTINGS, job.settings()
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        if theirs.get("format", 0) > prepared.FORMAT:
+            prepared.read_manifest(str(folder))  # complains
+            raise PrepareError(f"{folder} was begun by a newer version: update videomae_jax")
+        changed = [f"{key}: {theirs.get(key)} -> {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
+        if changed:
+            raise PrepareError(
+                f"{folder} holds a data set prepared otherwise ({'; '.join(changed)}): use another folder, "
+                f"or the old settings to go on with it"
+            )
+        return
+    others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(_PARTIAL)]
+    if others:
+        raise PrepareError(f"{folder} holds something else ({min(others)}): use an empty folder")
+    _write(path, json.dumps(ours, indent=1))
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """A whole file or none."""
+    path.parent.mkdir(exist_ok=True)
+    partial = path.parent / f"{_PARTIAL}{uuid.uuid4().hex}"
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _features(collection: Collection) -> Any:
+    import tensorflow_datasets as tfds
+
+    features = tfds.features
+    label = features.ClassLabel(names=list(collection.classes)) if collection.classes else np.int32
+    return features.FeaturesDict(
+        {
+            "video": features.Tensor(shape=(), dtype=np.object_),
+            "id": features.Text(),
+            "label": label,
+            "frames": np.int32,
+            "fps": np.float32,
+            "height": np.int32,
+            "width": np.int32,
+            "source_sha256": features.Text(),
+            **{
+                name: features.Tensor(shape=shape, dtype=np.dtype(dtype).type)
+                for name, (shape, dtype) in collection.extra.items()
+            },
+        }
+    )
+
+
+def _serialize(features: Any, collection: Collection, entry: Entry, video: transcode.Encoded) -> bytes:
+    from tensorflow_datasets.proto import tf_example_pb2  # pyright: ignore
+
+    example = {**dataclasses.asdict(video), "id": entry.id, "label": entry.label}
+    for name, (shape, dtype) in collection.extra.items():
+        example[name] = np.asarray(entry.extra[name], dtype).reshape([-1 if n is None else n for n in shape])
+    # Serialised once more: the order of a protobuf map is not fixed by itself.
+    data = features.serialize_example(example)
+    message: Any = tf_example_pb2
+    return message.Example.FromString(data).SerializeToString(deterministic=True)
+
+
+def encode(entry: Entry, form: transcode.Form) -> transcode.Encoded | str:
+    """The stored form of a video, or why there is none."""
+    start, end = entry.seconds or (None, None)
+    try:
+        return transcode.transcode(entry.path, form, start, end)
+    except decode.DecodeError as error:
+        return str(error)
+
+
+def write_shard(job: Job, shard: Shard, videos: Iterator[transcode.Encoded | str]) -> None:
+    """Writes one shard and its report; `videos` are those of its entries, in order.
+
+    Raises:
+        PrepareError: the disk is full.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    features = _features(job.collection)
+    path = job.path(shard)
+    partial = path.parent / f"{_PARTIAL}{uuid.uuid4().hex}"
+    rows, failed = [], []
+    try:
+        # Videos do not compress further; groups of one are what random access needs.
+        writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+        for entry, video in zip(shard.entries, videos, strict=True):
+            if isinstance(video, str):
+                failed.append({"split": shard.split, "id": entry.id, "reason": video})
+                continue
+            data = _serialize(features, job.collection, entry, video)
+            writer.write(data)
+            row = {"split": shard.split, "shard": shard.number, "position": len(rows), "id": entry.id}
+            row |= {"label": entry.label, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            row |= {name: getattr(video, name) for name in ("frames", "fps", "height", "width")}
+            rows.append(row | {"source_sha256": video.source_sha256})
+        writer.close()
+        partial.replace(path)
+        _write(job.report(shard), json.dumps({"rows": rows, "failed": failed}))
+    except (RuntimeError, OSError) as error:  # the writer is C++ and has one type for all
+        if "No space left" in str(error):
+            raise PrepareError(
+                f"no space left in {job.folder}: free some, then the same command goes on where it ended"
+            ) from None
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def pending(job: Job, part: int = 0, parts: int = 1) -> list[Shard]:
+    """The shards of a part that are still to be written."""
+    return [shard for shard in job.shards()[part::parts] if not job.report(shard).exists()]
+
+
+def write(job: Job, shards: Sequence[Shard], processes: int) -> None:
+    """Writes shards, their videos encoded by `processes` processes; memory holds a few videos for each.
+
+    Raises:
+        PrepareError: the disk is full, or a process was killed.
+    """
+    entries = [entry for shard in shards for entry in shard.entries]
+    # Spawned, not forked: libav and TFDS run threads.
+    context = multiprocessing.get_context("spawn")
+    with (
+        concurrent.futures.ProcessPoolExecutor(processes, context, _die_with_parent) as pool,
+        tqdm.tqdm(total=len(entries), unit="video", smoothing=0.02, disable=None) as bar,
+    ):
+        try:
+            videos = _encoded(pool, entries, job.form, 2 * processes, bar)
+            for shard in shards:
+                write_shard(job, shard, (next(videos) for _ in shard.entries))
+        except BrokenProcessPool:
+            raise PrepareError(
+                "a worker process was killed, perhaps for want of memory: the same command goes on where it "
+                "ended; fewer processes (--processes) need less memory"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _encoded(
+    pool: concurrent.futures.Executor, entries: Sequence[Entry], form: transcode.Form, ahead: int, bar: Any
+) -> Iterator[transcode.Encoded | str]:
+    """Encoded videos in order, at most `ahead` of them in memory."""
+    waiting: collections.deque = collections.deque()
+    for entry in entries:
+        waiting.append(pool.submit(encode, entry, form))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+            bar.update()
+    while waiting:
+        yield waiting.popleft().result()
+        bar.update()
+
+
+def _die_with_parent() -> None:
+    """Ends this process when its parent is killed (Linux); Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def finish(job: Job) -> dict[str, Any]:
+    """Metadata, table and manifest of a folder whose shards are all written; returns the manifest.
+
+    Raises:
+        PrepareError: shards are missing, or no video could be decoded.
+    """
+    left = pending(job)
+    if left:
+        raise PrepareError(
+            f"{len(left)} of {len(job.shards())} shards are not written yet, the first is "
+            f"{job.path(left[0]).name}: run the parts that lack"
+        )
+    reports = {split: [] for split in job.collection.splits}
+    for shard in job.shards():
+        reports[shard.split].append(json.loads(job.report(shard).read_text()))
+    rows = [row for found in reports.values() for report in found for row in report["rows"]]
+    failed = [line for found in reports.values() for report in found for line in report["failed"]]
+    if not rows:
+        raise PrepareError(f"none of {len(failed)} videos can be decoded, the first: {failed[0]['reason']}")
+    lengths = {split: [len(report["rows"]) for report in found] for split, found in reports.items()}
+    _write_tfds_metadata(job, lengths, rows)
+    folder = pathlib.Path(job.folder)
+    with (folder / prepared.RECORDS).open("w", newline="") as file:
+        table = csv.DictWriter(file, prepared.COLUMNS)
+        table.writeheader()
+        table.writerows(rows)
+    absent = [{"split": split, "id": video} for split, ids in job.collection.absent.items() for video in ids]
+    manifest = {
+        **job.settings(),
+        "records": len(rows),
+        "frames": sum(row["frames"] for row in rows),
+        "bytes": sum(row["bytes"] for row in rows),
+        "splits": {
+            split: {"records": sum(lengths[split]), "shard_lengths": lengths[split]} for split in lengths
+        },
+        "classes": list(job.collection.classes),
+        "failed": failed,
+        "absent": absent,
+        "hash": prepared.records_hash(rows),
+    }
+    _write(folder / prepared.MANIFEST, json.dumps(manifest, indent=1))
+    _tidy(folder)
+    return manifest
+
+
+def finished(job: Job) -> dict[str, Any] | None:
+    """The manifest of a folder that needs no more work."""
+    if not prepared.is_prepared(job.folder):
+        return None
+    _tidy(pathlib.Path(job.folder))  # the run that finished it may have been killed just then
+    return prepared.read_manifest(job.folder)
+
+
+def _tidy(folder: pathlib.Path) -> None:
+    shutil.rmtree(folder / _REPORTS, ignore_errors=True)
+    for left_over in folder.glob(f"{_PARTIAL}*"):
+        left_over.unlink(missing_ok=True)
+
+
+def _write_tfds_metadata(job: Job, lengths: dict[str, list[int]], rows: list[dict[str, Any]]) -> None:
+    import tensorflow_datasets as tfds
+
+    collection = job.collection
+    splits = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=shards,
+            num_bytes=sum(row["bytes"] for row in rows if row["split"] == split),
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=epath.Path(job.folder),
+                dataset_name=collection.name,
+                split=split,
+                filetype_suffix="array_record",
+            ),
+        )
+        for split, shards in lengths.items()
+    ]
+    identity = tfds.core.DatasetIdentity(
+        name=collection.name, version=tfds.core.Version("1.0.0"), data_dir=job.folder, module_name=""
+    )
+    info = tfds.core.DatasetInfo(builder=identity, features=_features(collection))
+    info.set_file_format("array_record")
+    info.set_splits(tfds.core.SplitDict(splits))
+    info.write_to_directory(job.folder)
+
+
+def run(job: Job, processes: int, part: tuple[int, int] = (0, 1)) -> dict[str, Any] | None:
+    """Prepares a collection, or a part (i, n) of it; returns the manifest once the folder is finished.
+
+    Raises:
+        PrepareError: see `claim`, `write` and `finish`.
+    """
+    claim(job)
+    manifest = finished(job)
+    if manifest is not None:
+        return manifest
+    shards = pending(job, *part)
+    if shards:
+        write(job, shards, processes)
+    return finish(job) if part[1] == 1 else None

@@ -1,0 +1,155 @@
+"""One way to open whatever holds a video: a file, a remote file, bytes of one, or a folder of images."""
+
+import fractions
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+import av
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from videomae_jax.data import decode
+from videomae_jax.data.sources import IMAGE_SUFFIXES
+
+
+class FrameFolder:
+    """A folder of images, one per frame, in the order of the numbers in their names; as `Video`, for reading.
+
+    Raises:
+        DecodeError: there is no image in it.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.name = os.fspath(path)
+        self._files = frame_files(epath.Path(path))
+        if not self._files:
+            raise decode.DecodeError(f"{self.name}: has no frames")
+
+    def __enter__(self) -> "FrameFolder":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        pass
+
+    @property
+    def num_frames(self) -> int:
+        """Number of images."""
+        return len(self._files)
+
+    @property
+    def fps(self) -> float:
+        """0.0: images do not say."""
+        return 0.0
+
+    @property
+    def time_base(self) -> fractions.Fraction:
+        """Seconds per frame, of `time_of`; 1/25 for want of a rate."""
+        return fractions.Fraction(1, 25)
+
+    def time_of(self, index: int) -> fractions.Fraction:
+        """When frame `index` is shown, in seconds."""
+        return index * self.time_base
+
+    def index_at(self, _seconds: float) -> int:
+        """Raises DecodeError: there is no frame rate."""
+        raise decode.DecodeError(f"{self.name}: has no frame rate, so frames cannot be found by time")
+
+    def frames(self, first: int = 0, last: int | None = None) -> Iterator[av.VideoFrame]:
+        """Images [first, last), as `decode.Video.frames`.
+
+        Raises:
+            DecodeError: an image cannot be read.
+        """
+        for index in range(first, self.num_frames if last is None else last):
+            yield av.VideoFrame.from_ndarray(self.read([index])[0], format="rgb24")
+
+    def digest(self) -> str:
+        """SHA-256 of the images' bytes, one after the other."""
+        total = hashlib.sha256()
+        for file in self._files:
+            total.update(read_bytes(file))
+        return total.hexdigest()
+
+    def read(
+        self, indices: Sequence[int] | np.ndarray, choose_box: decode.ChooseBox | None = None
+    ) -> np.ndarray:
+        """As `decode.Video.read`; images are taken as they are stored (no EXIF turn).
+
+        Raises:
+            DecodeError: an image cannot be read, or has another size than the first.
+            IndexError: an index is outside 0..num_frames-1.
+        """
+        wanted = sorted({int(i) for i in indices})
+        if not wanted or wanted[0] < 0 or wanted[-1] >= self.num_frames:
+            raise IndexError(f"{self.name}: frames {wanted} of {self.num_frames}")
+        frames: dict[int, np.ndarray] = {}
+        box, size = None, None
+        for index in wanted:
+            file = self._files[index]
+            try:
+                frame = np.asarray(Image.open(io.BytesIO(file.read_bytes())).convert("RGB"))
+            except (OSError, ValueError, SyntaxError) as error:  # Pillow: SyntaxError for a broken PNG
+                raise decode.DecodeError(f"{file}: cannot be decoded ({error})") from None
+            size = size or frame.shape
+            if frame.shape != size:
+                raise decode.DecodeError(
+                    f"{file}: is {frame.shape[1]}x{frame.shape[0]}, not {size[1]}x{size[0]}"
+                )
+            if choose_box is not None:
+                box = box or choose_box(*frame.shape[:2])
+                frame = decode.crop(frame, box)
+            frames[index] = frame
+        return np.stack([frames[int(i)] for i in indices])
+
+
+AnyVideo = decode.Video | FrameFolder
+
+
+def frame_files(folder: epath.Path) -> list[epath.Path]:
+    """The images in a folder, by the numbers in their names: frame_2 comes before frame_10."""
+
+    def by_number(file: epath.Path) -> tuple[list[tuple[int, str]], str]:
+        parts = re.split(r"(\d+)", file.name)
+        return [(int(part), "") if part.isdigit() else (0, part) for part in parts], file.name
+
+    files = (file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted((file for file in files if not file.name.startswith(".")), key=by_number)
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """A whole local or remote (gs://) file.
+
+    Raises:
+        DecodeError: it cannot be read.
+    """
+    try:
+        return epath.Path(path).read_bytes()
+    except Exception as error:  # what remote file systems raise is theirs
+        raise decode.DecodeError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from None
+
+
+def open_video(source: str | bytes, name: str = "video") -> AnyVideo:
+    """A local path, a remote one (gs://, read whole), a folder of images, or the bytes of a file.
+
+    Raises:
+        DecodeError: it cannot be opened.
+    """
+    if isinstance(source, bytes):
+        return decode.Video(source, name=name)
+    if is_remote(source):
+        path = epath.Path(source)
+        if path.suffix.lower() in IMAGE_SUFFIXES or not path.suffix:
+            return FrameFolder(source)
+        return decode.Video(read_bytes(source), name=source)
+    return FrameFolder(source) if os.path.isdir(source) else decode.Video(source)
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is a URL such as gs://bucket/file, which libav cannot read by itself."""
+    return "://" in os.fspath(path)
