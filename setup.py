@@ -36,7 +36,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "beam": ["apache-beam>=2.70"],  # pins older libraries: an environment of its own
         "viz": ["tensorboard"],
-        "torch": ["torch", "transformers>=4.40", "safetensors>=0.4"],
+        "torch": ["decord>=0.6", "torch", "transformers>=4.40", "safetensors>=0.4"],
         "dev": [
             "beartype>=0.19",
             "hypothesis>=6.100",

@@ -239,7 +239,9 @@ def iterate(
     """
     if not workers:
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * host_videos, threads))
-        return iter(dataset.to_iter_dataset(ahead).batch(host_videos).map(_merged))
+        batches = dataset.to_iter_dataset(ahead).batch(host_videos).map(_merged)
+        # Joined in a thread too: the reader finds whole batches waiting.
+        return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     batches = dataset.batch(host_videos).to_iter_dataset(ahead)
