@@ -227,7 +227,7 @@ def main() -> None:
         if arguments.simulate_step_ms is None:
             rows = compare(arguments.video, arguments.rounds, arguments.clips, folder)
         else:
-            rows = simulate(arguments.video, arguments.simulate_step_ms, folder, 40)
+            rows = simulate(arguments.video, arguments.simulate_step_ms, folder, 120)
     show(rows)
     print(json.dumps({"video": arguments.video.name, "cpu": _processor(), "rows": rows}))
 

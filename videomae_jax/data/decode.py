@@ -5,6 +5,7 @@ decoding starts at the last key frame before each wanted frame; elsewhere it sta
 """
 
 import bisect
+import contextlib
 import dataclasses
 import fractions
 import functools
@@ -265,7 +266,11 @@ class Video:
 
     def _demux(self) -> Iterator[av.Packet]:
         try:
-            yield from (packet for packet in self._container.demux(self._stream) if packet.size)
+            # Closed here: a demuxer that is merely dropped half-way leaks a kilobyte.
+            with contextlib.closing(self._container.demux(self._stream)) as packets:
+                for packet in packets:
+                    if packet.size:
+                        yield packet
         except FFmpegError as error:
             raise self._error("cannot be read", error) from None
 

@@ -1,0 +1,112 @@
+"""Whatever holds a video is opened in one way: folders of frames and remote files beside local ones."""
+
+import pathlib
+
+import clips
+import numpy as np
+import pytest
+from etils import epath
+from fsspec.implementations import dirfs, local
+from fsspec.registry import _registry
+from PIL import Image
+
+from videomae_jax.data import decode, pipeline, prepared, reading, sources
+
+CLIP = pipeline.MiddleClip(frames=4, stride=1, size=(16, 16))
+
+
+def save_frames(folder: pathlib.Path, frames: np.ndarray, template: str = "img_{:05d}.png") -> None:
+    folder.mkdir(parents=True)
+    for number, frame in enumerate(frames, 1):
+        Image.fromarray(frame).save(folder / template.format(number))
+
+
+def test_frames_are_in_the_order_of_their_numbers(tmp_path, rng):
+    frames = rng.integers(0, 256, (12, 32, 48, 3), dtype=np.uint8)
+    save_frames(tmp_path / "clip", frames, "frame{}.png")  # frame2 comes before frame10
+    (tmp_path / "clip" / "notes.txt").write_text("no frame")
+    with reading.open_video(str(tmp_path / "clip")) as video:
+        assert video.num_frames == 12
+        np.testing.assert_array_equal(video.read([10, 1, 1]), frames[[10, 1, 1]])
+        part = video.read([3], lambda height, width: (height - 32 + 4, width - 48 + 8, 16, 10))
+        np.testing.assert_array_equal(part[0], frames[3, 4:20, 8:18])
+        with pytest.raises(IndexError):
+            video.read([12])
+        with pytest.raises(decode.DecodeError, match="has no frame rate"):
+            video.index_at(1.0)
+
+
+def test_broken_frames_are_errors(tmp_path):
+    save_frames(tmp_path / "clip", clips.numbered_frames(3))
+    (tmp_path / "clip" / "img_00002.png").write_bytes(b"no image")
+    with reading.open_video(str(tmp_path / "clip")) as video:
+        assert clips.frame_numbers(video.read([0, 2])) == [0, 2]
+        with pytest.raises(decode.DecodeError, match=r"img_00002\.png: cannot be decoded"):
+            video.read([0, 1])
+        Image.new("RGB", (10, 10)).save(tmp_path / "clip" / "img_00002.png")
+        with pytest.raises(decode.DecodeError, match=r"img_00002\.png: is 10x10, not 48x32"):
+            video.read([0, 1])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(decode.DecodeError, match="empty: has no frames"):
+        reading.open_video(str(tmp_path / "empty"))
+
+
+def test_sources_find_folders_of_frames(tmp_path):
+    for name in ("jump/a", "jump/b", "run/c"):
+        save_frames(tmp_path / "videos" / name, clips.numbered_frames(6))
+    clips.write(tmp_path / "videos" / "run" / "d.mp4", clips.numbered_frames(6))
+    Image.new("RGB", (9, 9)).save(
+        tmp_path / "videos" / "run" / "cover.jpg"
+    )  # no frame: it lies beside a video
+    source = sources.from_folder(tmp_path / "videos")
+    assert source.ids == ("jump/a", "jump/b", "run/c", "run/d.mp4")
+    assert source.labels == (0, 0, 1, 1)
+    found, ids, bad = pipeline.middle_clips(source, CLIP)
+    assert (found.shape, ids, bad) == ((4, 4, 16, 16, 3), list(source.ids), {})
+    for clip in found[1:]:
+        assert np.abs(clip.astype(int) - found[0]).max() <= 3
+    (tmp_path / "list.csv").write_text("path,frames,label\nvideos/jump/a,6,0\nvideos/run/c,6,1\n")
+    listed = prepared.open_source(str(tmp_path / "list.csv"), "train")
+    assert listed.labels == (0, 1)
+    assert listed[1]["video"] == str(tmp_path / "videos/run/c")
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """gs://bucket, held by a local folder."""
+    folder = tmp_path / "remote"
+    (folder / "bucket").mkdir(parents=True)
+
+    class Bucket(dirfs.DirFileSystem):
+        protocol = "gs"
+
+        def __init__(self, **_options):
+            super().__init__(path=str(folder), fs=local.LocalFileSystem())
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return str(path).removeprefix("gs://")
+
+    for protocol in ("gs", "gcs"):
+        monkeypatch.setitem(_registry, protocol, Bucket)
+    return folder / "bucket"
+
+
+def test_remote_folders_lists_and_files(bucket):
+    clips.write(bucket / "videos" / "a.mp4", clips.numbered_frames(8))
+    save_frames(bucket / "videos" / "b", clips.numbered_frames(8))
+    (bucket / "list.csv").write_text("gs://bucket/videos/a.mp4 1\nvideos/b 0\n")
+    assert epath.Path("gs://bucket/list.csv").exists()
+    source = prepared.open_source("gs://bucket/videos", "train")
+    assert source.ids == ("a.mp4", "b")
+    assert source[0]["video"] == "gs://bucket/videos/a.mp4"
+    found, ids, bad = pipeline.middle_clips(source, CLIP)
+    assert (found.shape, ids, bad) == ((2, 4, 16, 16, 3), ["a.mp4", "b"], {})
+    listed = prepared.open_source("gs://bucket/list.csv", "train")
+    assert listed.labels == (1, 0)
+    assert [row["video"] for row in (listed[0], listed[1])] == [
+        "gs://bucket/videos/a.mp4",
+        "gs://bucket/videos/b",
+    ]
+    with pytest.raises(decode.DecodeError, match=r"gs://bucket/videos/x\.mp4: cannot be read"):
+        reading.open_video("gs://bucket/videos/x.mp4")
