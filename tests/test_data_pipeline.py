@@ -296,3 +296,13 @@ def test_finetuning_clips(source, stride, hosts, workers):
         good = batch["weight"].reshape(2, 2)[:, 0] == 1
         first, second = batch["video"].reshape(2, 2, -1).swapaxes(0, 1)
         assert (first[good] != second[good]).any(axis=1).all()
+
+
+def test_clips_are_merged_without_a_copy():
+    video = np.zeros((3, 2, 4, 8, 8, 3), np.uint8)
+    fields = {"label": np.arange(3), "index": np.arange(3, dtype=np.uint32)}
+    merged = pipeline._merged({"video": video, **fields})
+    assert np.shares_memory(merged["video"], video)
+    assert merged["label"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert merged["index"].tolist() == list(range(6))
+    assert merged["index"].dtype == np.uint32

@@ -311,3 +311,16 @@ def test_prefetch_hands_over_batches_in_order(shapes, debug_config):
         np.testing.assert_array_equal(batch["video"], expected)
         assert set(batch) == {"video", "index", "label", "weight"}
     ahead.close()
+
+
+def test_a_killed_loader_process_ends_the_run_with_one_line(debug_config):
+    """Grain notices the death of a worker (tests/test_data_pipeline.py); the user is told what to do."""
+
+    def dying():
+        yield {}
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
+
+    iterator = dying()
+    assert loop._next(iterator) == {}
+    with pytest.raises(loop.TrainingError, match="a loader process was killed, perhaps for want of memory"):
+        loop._next(iterator)

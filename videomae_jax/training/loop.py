@@ -6,7 +6,7 @@ import json
 import pathlib
 import signal
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import grain
@@ -172,7 +172,7 @@ def prefetch(
         iterator.close()
 
 
-def _next(iterator: grain.DatasetIterator[dict[str, Any]]) -> dict[str, Any]:
+def _next(iterator: Iterator[dict[str, Any]]) -> dict[str, Any]:
     try:
         return next(iterator)
     except RuntimeError as error:
