@@ -212,9 +212,11 @@ class Video:
     @property
     def time_base(self) -> fractions.Fraction:
         """Seconds per tick, of `time_of`."""
-        if self._is_timed and self._stream.time_base:
-            return self._stream.time_base
-        return 1 / (self._stream.average_rate or fractions.Fraction(25))
+        base = self._stream.time_base
+        if self._is_timed and base:
+            return fractions.Fraction(base.numerator, base.denominator)  # PyAV has rationals of its own
+        rate = self._stream.average_rate or fractions.Fraction(25)
+        return fractions.Fraction(rate.denominator, rate.numerator)
 
     def time_of(self, index: int) -> fractions.Fraction:
         """When frame `index` is shown, in seconds; by the frame rate where the file has no times."""
