@@ -25,7 +25,17 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from videomae_jax.data import augment, decode, pipeline, prepare, prepared, sampling, sources, transcode
+from videomae_jax.data import (
+    augment,
+    decode,
+    pipeline,
+    prepare,
+    prepared,
+    processes,
+    sampling,
+    sources,
+    transcode,
+)
 from videomae_jax.data.collection import Collection, Entry
 
 CLIP = pipeline.PretrainClip(frames=16, stride=4, size=(224, 224))
@@ -52,7 +62,7 @@ def make_sources(video: pathlib.Path, folder: pathlib.Path) -> dict[str, sources
     for codec in transcode.CODECS:
         place = folder / codec
         job = prepare.Job(Collection("videos", {"train": entries}), str(place), transcode.Form(codec), 8)
-        prepare.run(job, pipeline.usable_cores())
+        prepare.run(job, processes.usable_cores())
         found[codec] = prepared.open_source(str(place), "train")
     return found
 
@@ -196,7 +206,7 @@ def simulate(video: pathlib.Path, step_ms: float, folder: pathlib.Path, batches:
     """Share of time that a step of `step_ms` (0: as long as the loader takes for a batch) waits for data."""
     rows = []
     for name, source in make_sources(video, folder).items():
-        loader = Loader(source, 8, pipeline.usable_cores())
+        loader = Loader(source, 8, processes.usable_cores())
         _, wall = loader.run(batches)
         step = step_ms / 1e3 or wall
         rows.append({"form": name, "step_ms": step * 1e3, "data_wait": loader.waiting(step, batches)})

@@ -14,7 +14,7 @@ import clips
 import numpy as np
 import pytest
 
-from videomae_jax.data import pipeline, randaugment, sources
+from videomae_jax.data import pipeline, processes, randaugment, sources
 
 CLIP = pipeline.PretrainClip(frames=4, stride=1, size=(16, 16))
 MIDDLE = pipeline.MiddleClip(frames=4, stride=1, size=(16, 16))
@@ -207,13 +207,13 @@ def test_the_loader_fills_the_cores_and_no_more(asked, cores, expected):
 
 
 def test_usable_cores(monkeypatch, tmp_path):
-    assert 1 <= pipeline.usable_cores() <= os.cpu_count()
+    assert 1 <= processes.usable_cores() <= os.cpu_count()
     quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(pipeline.pathlib, "Path", lambda _: quota)
-    monkeypatch.setattr(pipeline.os, "sched_getaffinity", lambda _: set(range(32)))
+    monkeypatch.setattr(processes.pathlib, "Path", lambda _: quota)
+    monkeypatch.setattr(processes.os, "sched_getaffinity", lambda _: set(range(32)))
     for text, cores in (("max 100000", 32), ("250000 100000", 2), ("50000 100000", 1), ("nonsense", 32)):
         quota.write_text(text)
-        assert pipeline.usable_cores() == cores
+        assert processes.usable_cores() == cores
 
 
 def test_a_killed_worker_is_an_error(source):
@@ -242,7 +242,7 @@ def test_workers_die_with_a_killed_parent(source, tmp_path):
     script.write_text(f"""
 import time
 from absl import flags
-from videomae_jax.data import pipeline, randaugment, sources
+from videomae_jax.data import pipeline, processes, randaugment, sources
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()
     clip = pipeline.PretrainClip(4, 1, (16, 16))

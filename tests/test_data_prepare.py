@@ -148,19 +148,34 @@ def test_all_ways_give_the_same_bytes(done, videos, tmp_path, way):
     assert contents(folder) == contents(done)
 
 
+def assert_session_ends(session: int) -> None:
+    """Waits until no process of a session is left (Python's resource tracker ends with the last one)."""
+    for _ in range(100):
+        try:
+            os.killpg(session, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(session, signal.SIGKILL)
+    pytest.fail("encoders outlived their killed parent")
+
+
 def test_killed_at_random_points_and_run_again(done, videos, tmp_path):
     folder = tmp_path / "own"
     words = [sys.executable, "-m", "videomae_jax", "prepare", str(videos), str(folder)]
     words += ["--processes=1", "--shard_videos=3"]
     moments = random.Random(0)
     for sign in ("prepare.json", ".partial-*", ".reports/*-00000.json", ".reports/*-00001.json"):
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         while not list(folder.glob(sign)) and process.poll() is None:
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.02))
         assert process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
+        assert_session_ends(process.pid)
         assert not (folder / "manifest.json").exists()
     subprocess.run(words, check=True, capture_output=True)
     assert contents(folder) == contents(done)
@@ -196,8 +211,8 @@ def test_damage_is_found_and_named(done, tmp_path, capsys):
         command.run("-", str(tmp_path), run_check)
     assert f"{shard.name}, record 1 (" in capsys.readouterr().out
     source = prepared.open_source(str(tmp_path), "train")
-    bad = [source[i] for i in range(len(source)) if source[i]["error"]]
-    assert len(bad) == 1
+    bad = [record for record in map(source.__getitem__, range(len(source))) if record["error"]]
+    assert len(bad) == 1, [record["error"] for record in bad]
     assert f"{shard.name}, record 1 ({source.ids[bad[0]['record']]}): cannot be read" in bad[0]["error"]
     shard.unlink()
     with pytest.raises(command.UserError):

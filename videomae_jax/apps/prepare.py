@@ -8,8 +8,9 @@ import shlex
 from etils import epath
 
 from videomae_jax.config import UserError
-from videomae_jax.data import pipeline, prepare, prepared, transcode
+from videomae_jax.data import prepare, prepared, transcode
 from videomae_jax.data.builders import BUILDERS
+from videomae_jax.data.processes import usable_cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ def run(source: str, folder: str, options: Options) -> None:
         return
     job = _job(source, folder, options)
     part = _part(options.part)
-    processes = options.processes or pipeline.usable_cores()
+    processes = options.processes or usable_cores()
     if options.finish:
         prepare.claim(job)
         manifest = prepare.finished(job) or prepare.finish(job)

@@ -4,19 +4,16 @@ A video that cannot be decoded becomes a clip of zeros with weight 0 and its rea
 replaced and nothing is raised inside the pipeline, where it would silently end a worker's share.
 """
 
-import ctypes
 import dataclasses
+import functools
 import os
-import pathlib
-import signal
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import grain
 import numpy as np
 
-from videomae_jax.data import augment, decode, randaugment, reading, sampling
+from videomae_jax.data import augment, decode, processes, randaugment, reading, sampling
 from videomae_jax.data.reading import AnyVideo
 from videomae_jax.data.sources import Record, Source
 
@@ -245,17 +242,11 @@ def iterate(
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     batches = dataset.batch(host_videos).to_iter_dataset(ahead)
-    return iter(batches.mp_prefetch(options, worker_init_fn=_die_with_parent).map(_merged))
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and the quota of its control group (Linux)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(min(cores, int(quota) // int(period)), 1)
-    except (OSError, ValueError):  # no such group, or "max"
-        return cores
+    return iter(
+        batches.mp_prefetch(options, worker_init_fn=functools.partial(_start_worker, os.getpid())).map(
+            _merged
+        )
+    )
 
 
 _PROCESS_THREADS = 4
@@ -279,8 +270,5 @@ def loader_size(workers: int, threads: int, cores: int) -> tuple[int, int, str]:
     return workers, threads, asked
 
 
-def _die_with_parent(_worker: int, _workers: int) -> None:
-    """Ends this worker when its parent is killed; Grain alone would leave it behind for ever (Linux)."""
-    if sys.platform == "linux":
-        parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL("libc.so.6").prctl(parent_death_signal, signal.SIGKILL)
+def _start_worker(parent: int, _worker: int, _workers: int) -> None:
+    processes.die_with_parent(parent)

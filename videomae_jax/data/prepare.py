@@ -9,15 +9,14 @@ of records and, last of all, the manifest: a folder without one is not finished.
 import collections
 import concurrent.futures
 import csv
-import ctypes
 import dataclasses
 import hashlib
 import json
 import multiprocessing
+import os
 import pathlib
 import shutil
 import signal
-import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +26,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from videomae_jax.data import decode, prepared, transcode
+from videomae_jax.data import decode, prepared, processes, transcode
 from videomae_jax.data.collection import Collection, Entry
 
 _REPORTS, _SETTINGS, _PARTIAL = ".reports", "prepare.json", ".partial-"
@@ -220,8 +219,8 @@ def pending(job: Job, part: int = 0, parts: int = 1) -> list[Shard]:
     return [shard for shard in job.shards()[part::parts] if not job.report(shard).exists()]
 
 
-def write(job: Job, shards: Sequence[Shard], processes: int) -> None:
-    """Writes shards, their videos encoded by `processes` processes; memory holds a few videos for each.
+def write(job: Job, shards: Sequence[Shard], encoders: int) -> None:
+    """Writes shards, their videos encoded by `encoders` processes; memory holds a few videos for each.
 
     Raises:
         PrepareError: the disk is full, or a process was killed.
@@ -230,11 +229,11 @@ def write(job: Job, shards: Sequence[Shard], processes: int) -> None:
     # Spawned, not forked: libav and TFDS run threads.
     context = multiprocessing.get_context("spawn")
     with (
-        concurrent.futures.ProcessPoolExecutor(processes, context, _die_with_parent) as pool,
+        concurrent.futures.ProcessPoolExecutor(encoders, context, _start_encoder, (os.getpid(),)) as pool,
         tqdm.tqdm(total=len(entries), unit="video", smoothing=0.02, disable=None) as bar,
     ):
         try:
-            videos = _encoded(pool, entries, job.form, 2 * processes, bar)
+            videos = _encoded(pool, entries, job.form, 2 * encoders, bar)
             for shard in shards:
                 write_shard(job, shard, (next(videos) for _ in shard.entries))
         except BrokenProcessPool:
@@ -261,11 +260,9 @@ def _encoded(
         bar.update()
 
 
-def _die_with_parent() -> None:
-    """Ends this process when its parent is killed (Linux); Ctrl-C is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def _start_encoder(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    processes.die_with_parent(parent)
 
 
 def finish(job: Job) -> dict[str, Any]:
@@ -354,7 +351,7 @@ def _write_tfds_metadata(job: Job, lengths: dict[str, list[int]], rows: list[dic
     info.write_to_directory(job.folder)
 
 
-def run(job: Job, processes: int, part: tuple[int, int] = (0, 1)) -> dict[str, Any] | None:
+def run(job: Job, encoders: int, part: tuple[int, int] = (0, 1)) -> dict[str, Any] | None:
     """Prepares a collection, or a part (i, n) of it; returns the manifest once the folder is finished.
 
     Raises:
@@ -366,5 +363,5 @@ def run(job: Job, processes: int, part: tuple[int, int] = (0, 1)) -> dict[str, A
         return manifest
     shards = pending(job, *part)
     if shards:
-        write(job, shards, processes)
+        write(job, shards, encoders)
     return finish(job) if part[1] == 1 else None

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -120,8 +120,8 @@ class PreparedSource(Source):
 
 
 @functools.lru_cache(maxsize=8)
-def _records(root: str, split: str) -> Sequence[dict[str, Any]]:
-    """The records of a split, random-access; kept open, and never pickled into a worker."""
+def _records(root: str, split: str) -> Any:
+    """The records of a split, a sequence of dicts; kept open, and never pickled into a worker."""
     import tensorflow_datasets as tfds  # 0.8 s, and only prepared data needs it
 
     builder: Any = tfds.builder_from_directory

@@ -16,7 +16,7 @@ import numpy as np
 from videomae_jax import config as settings
 from videomae_jax import sharding
 from videomae_jax.config import Config, UserError
-from videomae_jax.data import pipeline
+from videomae_jax.data import pipeline, processes
 from videomae_jax.data.sources import Source
 from videomae_jax.training import checkpoint, optim, report, step, tasks
 
@@ -332,7 +332,7 @@ def _claim(workdir: pathlib.Path, config: Config, source: Source) -> None:
 
 
 def _loader_size(config: Config) -> tuple[int, int, str]:
-    return pipeline.loader_size(config.data.workers, config.data.threads, pipeline.usable_cores())
+    return pipeline.loader_size(config.data.workers, config.data.threads, processes.usable_cores())
 
 
 def _announce(config, task, source, schedule, mesh) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from videomae_jax.apps import reconstruct
 from videomae_jax.config import Config, UserError
-from videomae_jax.data import moving_shapes, pipeline, prepared, sources
+from videomae_jax.data import moving_shapes, pipeline, prepared, processes, sources
 from videomae_jax.evaluation import reconstruction
 from videomae_jax.interop import export
 from videomae_jax.models import masking, tubelets
@@ -241,6 +241,6 @@ def _moving_shapes(generate: Config) -> pathlib.Path:
     report.say(f"moving_shapes: {generate.videos} training videos, cached in {folder}")
     spec = moving_shapes.MovingShapes(**generate)
     try:
-        return moving_shapes.generate(spec, folder, processes=pipeline.usable_cores())
+        return moving_shapes.generate(spec, folder, processes=processes.usable_cores())
     except ValueError as error:
         raise UserError(f"data.generate: {error}") from None
