@@ -87,7 +87,7 @@ def ava(root: pathlib.Path) -> None:
     rows += [("m1", "0005", *box, "3", "0"), ("m1", "0006", "", "", "", "", "", "")]
     table(folder / "ava_train_v2.2.csv", rows)
     table(folder / "ava_val_v2.2.csv", [("m2", "0003", *box, "5", "2")])
-    table(folder / "ava_train_excluded_timestamps_v2.2.csv", [("m1", "0005")])
+    table(folder / "ava_train_excluded_timestamps_v2.2.csv", [("m1", "5")])  # without the zeros
     table(folder / "ava_val_excluded_timestamps_v2.2.csv", [])
     for name in ("m1", "m2"):
         frames = np.repeat(clips.numbered_frames(20, 32, 48), 4, axis=0)  # 8 seconds of 10 frames
@@ -216,6 +216,9 @@ def test_unknown_labels_and_doubled_names(tmp_path):
     with pytest.raises(sources.SourceError, match=r"validation\.json is no JSON"):
         prepare("ssv2", tmp_path)
     file.write_text("[]")
+    video(tmp_path / "videos" / "other" / "13.mp4")  # in nobody's way
+    video(tmp_path / "videos" / "other" / "again" / "13.mp4")
+    prepare("ssv2", tmp_path)
     video(tmp_path / "videos" / "other" / "12.mp4")
     with pytest.raises(sources.SourceError, match="have the same name: keep one"):
         prepare("ssv2", tmp_path)

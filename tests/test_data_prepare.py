@@ -239,7 +239,7 @@ def test_a_newer_format_is_refused(done, tmp_path, videos):
         (tmp_path / name).write_text(json.dumps(found))
     with pytest.raises(sources.SourceError, match="has format 2, this version reads up to 1: update"):
         prepared.open_source(str(tmp_path), "train")
-    with pytest.raises(sources.SourceError, match="has format 2"):
+    with pytest.raises(prepare.PrepareError, match="has format 2, this version writes 1: update"):
         run(videos, tmp_path)
 
 
@@ -351,3 +351,33 @@ def test_classes_of_a_split_that_lacks_some(tmp_path):
     collection = video_folder(command.epath.Path(tmp_path), command.epath.Path(tmp_path))
     assert collection.classes == ("a", "b")
     assert [entry.label for entry in collection.splits["validation"]] == [1]
+
+
+def test_what_cannot_be_encoded_is_left_out_and_named(tmp_path):
+    """A frame too small for 4:2:0, beside a good video: the others are prepared."""
+    clips.write(tmp_path / "in" / "good.mp4", clips.numbered_frames(5))
+    with decode.av.open(str(tmp_path / "in" / "thin.mkv"), "w") as container:
+        stream = container.add_stream("rawvideo", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 1, 8, "gray"
+        for frame in clips.numbered_frames(5, 8, 1):
+            container.mux(stream.encode(decode.av.VideoFrame.from_ndarray(frame[..., 0], format="gray")))
+        container.mux(stream.encode(None))
+    assert decode.read_clip(tmp_path / "in" / "thin.mkv", [0]).shape == (1, 8, 1, 3)
+    manifest = run(tmp_path / "in", tmp_path / "out")
+    assert manifest["records"] == 1
+    assert "thin.mkv: cannot be encoded as h264_intra" in manifest["failed"][0]["reason"]
+
+
+def test_keep_never_encodes(real_videos, tmp_path):
+    path = str(real_videos / "part_0.mp4")
+    with pytest.raises(decode.DecodeError, match="keep stores whole files only"):
+        transcode.transcode(path, transcode.Form("keep"), 0.2, 0.5)
+
+
+def test_a_part_of_a_video(tmp_path):
+    path = clips.write(tmp_path / "a.mp4", clips.numbered_frames(30), g=7)  # 3 seconds
+    for start, end, expected in ((0.5, 1.2, range(5, 12)), (2.5, 9.0, range(25, 30)), (1.0, 1.01, [10])):
+        part = transcode.transcode(path, transcode.Form(), start, end)
+        assert clips.frame_numbers(decode.read_clip(part.video, range(part.frames))) == list(expected)
+    with pytest.raises(decode.DecodeError, match=r"ends before second 3\.5"):
+        transcode.transcode(path, transcode.Form(), 3.5, 4.0)

@@ -94,19 +94,19 @@ def bucket(tmp_path, monkeypatch):
 
 def test_remote_folders_lists_and_files(bucket):
     clips.write(bucket / "videos" / "a.mp4", clips.numbered_frames(8))
-    save_frames(bucket / "videos" / "b", clips.numbered_frames(8))
-    (bucket / "list.csv").write_text("gs://bucket/videos/a.mp4 1\nvideos/b 0\n")
+    save_frames(bucket / "videos" / "b.1", clips.numbered_frames(8))  # a folder with a dot
+    (bucket / "list.csv").write_text("gs://bucket/videos/a.mp4 1\nvideos/b.1 0\n")
     assert epath.Path("gs://bucket/list.csv").exists()
     source = prepared.open_source("gs://bucket/videos", "train")
-    assert source.ids == ("a.mp4", "b")
+    assert source.ids == ("a.mp4", "b.1")
     assert source[0]["video"] == "gs://bucket/videos/a.mp4"
     found, ids, bad = pipeline.middle_clips(source, CLIP)
-    assert (found.shape, ids, bad) == ((2, 4, 16, 16, 3), ["a.mp4", "b"], {})
+    assert (found.shape, ids, bad) == ((2, 4, 16, 16, 3), ["a.mp4", "b.1"], {})
     listed = prepared.open_source("gs://bucket/list.csv", "train")
     assert listed.labels == (1, 0)
     assert [row["video"] for row in (listed[0], listed[1])] == [
         "gs://bucket/videos/a.mp4",
-        "gs://bucket/videos/b",
+        "gs://bucket/videos/b.1",
     ]
     with pytest.raises(decode.DecodeError, match=r"gs://bucket/videos/x\.mp4: cannot be read"):
         reading.open_video("gs://bucket/videos/x.mp4")

@@ -11,6 +11,7 @@ from videomae_jax.config import UserError
 from videomae_jax.data import prepare, prepared, transcode
 from videomae_jax.data.builders import BUILDERS
 from videomae_jax.data.processes import usable_cores
+from videomae_jax.data.sources import is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _job(source: str, folder: str, options: Options) -> prepare.Job:
     for name in ("short_side", "shard_videos"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name}={getattr(options, name)} must be positive")
-    if "://" in folder:
+    if is_remote(folder):
         raise UserError(f"{folder} is remote: prepare into a local or mounted folder, then copy it")
     where = epath.Path(source)
     if not where.exists():

@@ -89,27 +89,32 @@ class Collection:
 
 
 class VideoFinder:
-    """Finds the files of a folder, however deep, by their names without suffix."""
+    """Finds videos in a folder, however deep, by NAME or FOLDER/NAME, without suffix."""
 
     def __init__(self, folder: epath.Path):
         if not folder.is_dir():
             raise SourceError(f"{folder} is no folder of videos: pass the one that holds them with --videos")
-        self._by_stem: dict[str, epath.Path] = {}
+        self._by_name: dict[str, list[epath.Path]] = {}
         for path in sources.videos_below(folder):
-            stem = path.name if path.suffix.lower() not in sources.SUFFIXES else path.stem
-            other = self._by_stem.setdefault(stem, path)
-            if other != path:
-                raise SourceError(f"{other} and {path} have the same name: keep one of them")
+            name = path.stem if path.suffix.lower() in sources.SUFFIXES else path.name
+            for key in (name, f"{path.parent.name}/{name}"):
+                self._by_name.setdefault(key, []).append(path)
 
     def entries(self, wanted: Iterable[tuple[Entry, Sequence[str]]]) -> tuple[list[Entry], list[str]]:
-        """(entries whose file is there, with its path; ids of the others); each has its possible stems."""
+        """(entries whose file is there, with its path; ids of the others); each has its possible names.
+
+        Raises:
+            SourceError: two files have a wanted name.
+        """
         found, absent = [], []
-        for entry, stems in wanted:
-            path = next((self._by_stem[stem] for stem in stems if stem in self._by_stem), None)
-            if path is None:
-                absent.append(entry.id)
+        for entry, names in wanted:
+            paths = next((self._by_name[name] for name in names if name in self._by_name), [])
+            if len(paths) > 1:
+                raise SourceError(f"{paths[0]} and {paths[1]} have the same name: keep one of them")
+            if paths:
+                found.append(dataclasses.replace(entry, path=str(paths[0])))
             else:
-                found.append(dataclasses.replace(entry, path=str(path)))
+                absent.append(entry.id)
         return found, absent
 
 
@@ -134,7 +139,7 @@ def collect(
     classes: tuple[str, ...],
     extra: Mapping[str, tuple[tuple[int | None, ...], str]] | None = None,
 ) -> Collection:
-    """What annotation files name (entries and the stems of their files) and a folder holds."""
+    """What annotation files name (entries and the names of their files) and a folder holds."""
     found = {split: finder.entries(wanted) for split, wanted in splits.items()}
     return Collection(
         name=name,

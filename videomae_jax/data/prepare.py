@@ -106,8 +106,10 @@ def claim(job: Job) -> None:
     if path.exists():
         theirs = json.loads(path.read_text())
         if theirs.get("format", 0) > prepared.FORMAT:
-            prepared.read_manifest(str(folder))  # complains
-            raise PrepareError(f"{folder} was begun by a newer version: update videomae_jax")
+            raise PrepareError(
+                f"{folder} has format {theirs['format']}, this version writes {prepared.FORMAT}: update "
+                f"videomae_jax, or use another folder"
+            )
         changed = [f"{key}: {theirs.get(key)} -> {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
         if changed:
             raise PrepareError(

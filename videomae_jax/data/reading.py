@@ -13,7 +13,7 @@ from etils import epath
 from PIL import Image
 
 from videomae_jax.data import decode
-from videomae_jax.data.sources import IMAGE_SUFFIXES
+from videomae_jax.data.sources import IMAGE_SUFFIXES, SUFFIXES, is_remote
 
 
 class FrameFolder:
@@ -33,7 +33,7 @@ class FrameFolder:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        pass
+        """Nothing is open between reads."""
 
     @property
     def num_frames(self) -> int:
@@ -142,14 +142,8 @@ def open_video(source: str | bytes, name: str = "video") -> AnyVideo:
     """
     if isinstance(source, bytes):
         return decode.Video(source, name=name)
-    if is_remote(source):
-        path = epath.Path(source)
-        if path.suffix.lower() in IMAGE_SUFFIXES or not path.suffix:
-            return FrameFolder(source)
+    if not is_remote(source):
+        return FrameFolder(source) if os.path.isdir(source) else decode.Video(source)
+    if epath.Path(source).suffix.lower() in SUFFIXES:
         return decode.Video(read_bytes(source), name=source)
-    return FrameFolder(source) if os.path.isdir(source) else decode.Video(source)
-
-
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is a URL such as gs://bucket/file, which libav cannot read by itself."""
-    return "://" in os.fspath(path)
+    return FrameFolder(source)

@@ -75,7 +75,8 @@ class Source(abc.ABC):
         return len(self.ids)
 
     @abc.abstractmethod
-    def __getitem__(self, index: int) -> Record: ...
+    def __getitem__(self, index: int) -> Record:
+        """The video at `index`."""
 
     def select(self: AnySource, indices: Sequence[int]) -> AnySource:
         """The videos at `indices`, in that order."""
@@ -92,9 +93,14 @@ class Source(abc.ABC):
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL such as gs://bucket/file, which libav cannot read by itself."""
+    return "://" in path
+
+
 def join(root: str, path: str) -> epath.Path:
     """A path relative to `root`, unless it is absolute or a URL."""
-    return epath.Path(path) if "://" in path else epath.Path(root) / path
+    return epath.Path(path) if is_remote(path) else epath.Path(root) / path
 
 
 class VideoSource(Source):
@@ -121,7 +127,7 @@ def split_folder(path: str, split: str) -> epath.Path | None:
 
 def videos_below(folder: epath.Path, seen: frozenset[str] = frozenset()) -> Iterator[epath.Path]:
     """Video files and folders of frames, also behind links to folders; a link back up ends there."""
-    place = str(folder) if "://" in str(folder) else os.path.realpath(folder)
+    place = str(folder) if is_remote(str(folder)) else os.path.realpath(folder)
     if place in seen:
         return
     folders, files = [], []

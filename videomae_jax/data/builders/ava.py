@@ -48,21 +48,22 @@ def ava(annotations: epath.Path, videos: epath.Path) -> Collection:
 def _entries(annotations: epath.Path, short: str) -> list[tuple[Entry, list[str]]]:
     excluded_file = f"ava_{short}_excluded_timestamps_v2.2.csv"
     excluded = {
-        tuple(row) for row in _rows(find_file(annotations, "list of excluded timestamps", excluded_file), 2)
+        (movie, float(second))
+        for movie, second in _rows(find_file(annotations, "list of excluded timestamps", excluded_file), 2)
     }
-    frames: dict[tuple[str, str], _Boxes] = {}
+    frames: dict[tuple[str, float], _Boxes] = {}
     file = find_file(annotations, f"{short} list", f"ava_{short}_v2.2.csv")
     for movie, second, x1, y1, x2, y2, action, person in _rows(file, 8):
-        if (movie, second) in excluded:
+        if (movie, float(second)) in excluded:
             continue
-        boxes = frames.setdefault((movie, second), {})
+        boxes = frames.setdefault((movie, float(second)), {})
         if not action:  # a key frame without anybody
             continue
         if not 1 <= int(action) <= _ACTIONS:
             raise SourceError(f"{file}: {movie}, second {second} has action {action}, of {_ACTIONS}")
         key = (*(float(value) for value in (x1, y1, x2, y2)), float(person))
         boxes.setdefault(key, [0] * _ACTIONS)[int(action) - 1] = 1
-    return [(_entry(movie, float(second), boxes), [movie]) for (movie, second), boxes in frames.items()]
+    return [(_entry(movie, second, boxes), [movie]) for (movie, second), boxes in frames.items()]
 
 
 def _entry(movie: str, second: float, boxes: _Boxes) -> Entry:

@@ -18,6 +18,7 @@ def hmdb51(number: int) -> Callable[[epath.Path, epath.Path], Collection]:
     ending = f"_test_split{number}.txt"
 
     def read(annotations: epath.Path, videos: epath.Path) -> Collection:
+        """Raises SourceError: annotation files of something else."""
         folder = annotations / "testTrainMulti_7030_splits"
         folder = folder if folder.is_dir() else annotations
         files = (
@@ -35,7 +36,7 @@ def hmdb51(number: int) -> Callable[[epath.Path, epath.Path], Collection]:
                 stem = video.removesuffix(".avi")
                 if part != "0":
                     splits["train" if part == "1" else "test"].append(
-                        (Entry(f"{classes[label]}/{stem}", "", label), [stem])
+                        (Entry(f"{classes[label]}/{stem}", "", label), [f"{classes[label]}/{stem}", stem])
                     )
         return collect(f"hmdb51_{number}", splits, VideoFinder(videos), classes)
 

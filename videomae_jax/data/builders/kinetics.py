@@ -25,6 +25,7 @@ def kinetics(classes: int) -> Callable[[epath.Path, epath.Path], Collection]:
     """
 
     def read(annotations: epath.Path, videos: epath.Path) -> Collection:
+        """Raises SourceError: annotation files of something else."""
         rows = {}
         for split, names in _FILES.items():
             try:

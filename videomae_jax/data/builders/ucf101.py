@@ -14,6 +14,7 @@ def ucf101(number: int) -> Callable[[epath.Path, epath.Path], Collection]:
     """The reader of official split `number`; labels count from 0 where classInd.txt counts from 1."""
 
     def read(annotations: epath.Path, videos: epath.Path) -> Collection:
+        """Raises SourceError: annotation files of something else."""
         lines = find_file(annotations, "list of classes", "classInd.txt").read_text().split("\n")
         classes = tuple(line.split()[1] for line in lines if len(line.split()) == 2)
         if len(classes) != _CLASSES:
@@ -36,4 +37,4 @@ def _entries(file: epath.Path, classes: tuple[str, ...]) -> Iterator[tuple[Entry
         if name not in classes:
             raise SourceError(f"{file}: {path} has the class {name!r}, which classInd.txt does not list")
         stem = video.rpartition(".")[0]
-        yield Entry(f"{name}/{stem}", "", classes.index(name)), [stem]
+        yield Entry(f"{name}/{stem}", "", classes.index(name)), [f"{name}/{stem}", stem]
