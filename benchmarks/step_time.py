@@ -1,16 +1,19 @@
-"""Time of a pretraining step against the Hugging Face PyTorch model, in the same run on the same device.
+"""Time of a training step against the Hugging Face PyTorch model, in the same run on the same device.
 
     .venv/bin/python benchmarks/step_time.py --size=small --batch=4          (needs the extra [torch])
+    .venv/bin/python benchmarks/step_time.py --size=small --batch=2 --task=finetune
     .venv/bin/python benchmarks/step_time.py --compile-time                  (compile time by depth; no peer)
 
-Both sides do the same work: raw uint8 clips in, 16 x 224 x 224, tube mask 0.9, normalised target, loss, every
-gradient, one AdamW update. Steps alternate A B A B ...; the figure to quote is the median of the ratios of
-pairs. Prints one table and one JSON line. On a GPU both compute in bfloat16 (PyTorch by autocast).
+Both sides do the same work: raw uint8 clips in, 16 x 224 x 224, loss, every gradient, one AdamW update.
+Pretraining: tube mask 0.9, normalised target. Finetuning: 400 classes, label smoothing 0.1, all tokens. Steps
+alternate A B A B ...; the figure to quote is the median of the ratios of pairs. Prints one table and one JSON
+line. On a GPU both compute in bfloat16 (PyTorch by autocast).
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import time
 
@@ -21,35 +24,46 @@ import numpy as np
 from videomae_jax import config as settings
 from videomae_jax import sharding
 from videomae_jax.models import masking, vit
+from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.mae import VideoMAEConfig
-from videomae_jax.training import optim, step, tasks
+from videomae_jax.training import optim, step
+from videomae_jax.training.finetune import Finetune
+from videomae_jax.training.pretrain import Pretrain
 
-CLIP = (16, 224, 224)
-
-
-def make_task(size: vit.Size, dtype: str, unroll: int) -> tasks.Pretrain:
-    """The published pretraining task of a size."""
-    model = VideoMAEConfig(
-        clip_size=CLIP,
-        tubelet=(2, size.patch, size.patch),
-        pixel_mean=settings.IMAGENET_MEAN,
-        pixel_std=settings.IMAGENET_STD,
-        encoder=size.encoder,
-        decoder=size.decoder,
-        compute=vit.Compute(dtype=dtype, unroll=unroll),
-    )
-    return tasks.Pretrain(model, "tube", 0.9, True, "mse", stride=4)
+CLIP, CLASSES = (16, 224, 224), 400
 
 
-def flops_per_clip(model: VideoMAEConfig, visible: int, hidden: int) -> float:
+def make_task(size: vit.Size, dtype: str, unroll: int, name: str) -> Pretrain | Finetune:
+    """The published task of a size."""
+    backbone = {
+        "clip_size": CLIP,
+        "tubelet": (2, size.patch, size.patch),
+        "pixel_mean": settings.IMAGENET_MEAN,
+        "pixel_std": settings.IMAGENET_STD,
+        "encoder": size.encoder,
+        "compute": vit.Compute(dtype=dtype, unroll=unroll),
+    }
+    if name == "pretrain":
+        return Pretrain(VideoMAEConfig(**backbone, decoder=size.decoder), "tube", 0.9, True, "mse", stride=4)
+    model = ClassifierConfig(**backbone, classes=tuple(map(str, range(CLASSES))))
+    plain = {"policy": None, "flip": False, "erasing": 0.0, "area": (1.0, 1.0), "mix": None}
+    return Finetune(model, stride=4, **plain, clips_per_video=1, smoothing=0.1, class_weights=None, frozen=0)
+
+
+def flops_per_clip(task: Pretrain | Finetune) -> float:
     """Floating-point operations of a clip's forward and backward pass: matmuls only, two per multiply-add."""
-    voxels = int(np.prod(model.tubelet)) * model.channels
+    model = task.model
+    voxels, tokens = math.prod(model.tubelet) * model.channels, math.prod(model.grid)
 
     def blocks(stack: vit.Stack, tokens: int) -> float:
         per_token = 4 * stack.width**2 + 2 * stack.width * stack.mlp_dim + 2 * tokens * stack.width
         return stack.depth * tokens * per_token
 
-    encoder, decoder = model.encoder, model.decoder
+    encoder = model.encoder
+    if isinstance(task, Finetune):
+        return 6.0 * (tokens * voxels * encoder.width + blocks(encoder, tokens) + encoder.width * CLASSES)
+    visible, hidden = masking.counts(task.mask, model.grid, task.mask_ratio)
+    decoder = task.model.decoder
     forward = (
         visible * voxels * encoder.width
         + blocks(encoder, visible)
@@ -60,17 +74,15 @@ def flops_per_clip(model: VideoMAEConfig, visible: int, hidden: int) -> float:
     return 6.0 * forward
 
 
-def our_step(task: tasks.Pretrain, video: np.ndarray):
+def our_step(task: Pretrain | Finetune, video: np.ndarray):
     """A function that runs one step and waits for it, and the seconds it took to compile."""
     mesh = sharding.make_mesh(-1, 1, 1)
     tx = optim.adamw((0.9, 0.95), 1e-8, 0.05, 0.0)
     state, shardings = step.init_state(task.init, tx, mesh, seed=0)
-    train_step = step.make_train_step(task.loss, tx, lambda _: jnp.float32(1e-4), mesh, shardings)
+    train_step = step.make_train_step(task.clip_losses, tx, lambda _: jnp.float32(1e-4), mesh, shardings)
     rows = len(video)
-    batch = sharding.global_batch(
-        mesh,
-        {"video": video, "index": np.arange(rows, dtype=np.uint32), "weight": np.ones(rows, np.float32)},
-    )
+    fields = {"video": video, "index": np.arange(rows, dtype=np.uint32), "weight": np.ones(rows, np.float32)}
+    batch = sharding.global_batch(mesh, fields | {"label": np.arange(rows, dtype=np.int32)})
     root = jax.random.key(0)
     started = time.perf_counter()
     compiled = train_step.lower(state, batch, root).compile()
@@ -84,42 +96,48 @@ def our_step(task: tasks.Pretrain, video: np.ndarray):
     return run, seconds
 
 
-def their_step(size: vit.Size, video: np.ndarray, mask: np.ndarray, compiled: bool):
-    """The same step of `transformers.VideoMAEForPreTraining` with SDPA attention."""
+def their_step(size: vit.Size, video: np.ndarray, mask: np.ndarray | None, compiled: bool):
+    """The same step of the `transformers` model, of its classifier without a mask; SDPA attention."""
     import torch
     import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder, decoder = size.encoder, size.decoder
-    model = transformers.VideoMAEForPreTraining(
-        transformers.VideoMAEConfig(
-            image_size=CLIP[1],
-            patch_size=size.patch,
-            num_frames=CLIP[0],
-            hidden_size=encoder.width,
-            num_hidden_layers=encoder.depth,
-            num_attention_heads=encoder.num_heads,
-            intermediate_size=encoder.mlp_dim,
-            decoder_hidden_size=decoder.width,
-            decoder_num_hidden_layers=decoder.depth,
-            decoder_num_attention_heads=decoder.num_heads,
-            decoder_intermediate_size=decoder.mlp_dim,
-            norm_pix_loss=True,
-            attn_implementation="sdpa",
-        )
-    ).to(device)
+    sizes = transformers.VideoMAEConfig(
+        image_size=CLIP[1],
+        patch_size=size.patch,
+        num_frames=CLIP[0],
+        hidden_size=encoder.width,
+        num_hidden_layers=encoder.depth,
+        num_attention_heads=encoder.num_heads,
+        intermediate_size=encoder.mlp_dim,
+        decoder_hidden_size=decoder.width,
+        decoder_num_hidden_layers=decoder.depth,
+        decoder_num_attention_heads=decoder.num_heads,
+        decoder_intermediate_size=decoder.mlp_dim,
+        norm_pix_loss=True,
+        use_mean_pooling=True,
+        num_labels=CLASSES,
+        attn_implementation="sdpa",
+    )
+    kinds = (transformers.VideoMAEForVideoClassification, transformers.VideoMAEForPreTraining)
+    model = kinds[mask is not None](sizes).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
     forward = torch.compile(model) if compiled else model
-    raw = torch.from_numpy(video).to(device)
-    hidden = torch.from_numpy(mask.copy()).to(device)
+    raw, labels = torch.from_numpy(video).to(device), torch.arange(len(video), device=device)
     mean, std = (
         torch.tensor(x, device=device)[:, None, None] for x in (settings.IMAGENET_MEAN, settings.IMAGENET_STD)
     )
+    hidden = None if mask is None else torch.from_numpy(mask.copy()).to(device)
 
     def run() -> float:
         pixels = (raw.permute(0, 1, 4, 2, 3).float() / 255 - mean) / std
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = forward(pixels, bool_masked_pos=hidden).loss
+            if hidden is None:
+                logits = forward(pixels).logits
+                loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+            else:
+                loss = forward(pixels, bool_masked_pos=hidden).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -139,21 +157,23 @@ def compare(arguments: argparse.Namespace) -> None:
     """Prints the table and the JSON line of one size."""
     size = vit.SIZES[arguments.size]
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    task = make_task(size, dtype, arguments.unroll)
+    task = make_task(size, dtype, arguments.unroll, arguments.task)
     rng = np.random.default_rng(0)
     video = rng.integers(0, 256, (arguments.batch, *CLIP, 3), dtype=np.uint8)
-    visible, hidden = masking.counts("tube", task.model.grid, 0.9)
-    keys = jax.random.split(jax.random.key(0), arguments.batch)
-    _, indices = masking.indices(keys, "tube", task.model.grid, 0.9)
-    mask = np.asarray(masking.to_mask(indices, visible + hidden))
+    mask = None
+    if isinstance(task, Pretrain):
+        keys = jax.random.split(jax.random.key(0), arguments.batch)
+        _, indices = masking.indices(keys, "tube", task.model.grid, 0.9)
+        mask = np.asarray(masking.to_mask(indices, math.prod(task.model.grid)))
     ours, compile_seconds = our_step(task, video)
     theirs = their_step(size, video, mask, arguments.torch_compile)
     for run in (ours, theirs):
         run(), run()
     pairs = [(timed(ours), timed(theirs)) for _ in range(arguments.pairs)]
     ours_seconds, their_seconds = (statistics.median(side) for side in zip(*pairs, strict=True))
-    flops = flops_per_clip(task.model, visible, hidden) * arguments.batch
+    flops = flops_per_clip(task) * arguments.batch
     result = {
+        "task": arguments.task,
         "size": arguments.size,
         "batch": arguments.batch,
         "dtype": dtype,
@@ -181,7 +201,7 @@ def compile_time() -> None:
     for depth in (4, 8, 24, 32):
         size = vit.SIZES["small"]
         size = dataclasses.replace(size, encoder=dataclasses.replace(size.encoder, depth=depth))
-        _, seconds[depth] = our_step(make_task(size, "float32", 1), video)
+        _, seconds[depth] = our_step(make_task(size, "float32", 1, "pretrain"), video)
         print(f"depth {depth:3}: {seconds[depth]:6.2f} s")
     ratios = {"24_over_4": seconds[24] / seconds[4], "32_over_8": seconds[32] / seconds[8]}
     print(json.dumps({"compile_seconds": seconds, **ratios}))
@@ -191,6 +211,7 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", default="small", choices=["small", "base", "large", "huge"])
+    parser.add_argument("--task", default="pretrain", choices=["pretrain", "finetune"])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--unroll", type=int, default=1)

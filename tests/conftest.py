@@ -9,7 +9,9 @@ import jaxtyping
 import numpy as np
 import pytest
 from absl import flags
+from jax.sharding import AxisType
 
+from videomae_jax import sharding
 from videomae_jax.data import moving_shapes
 
 # Compiling takes half as long, and nothing here is about speed.
@@ -63,6 +65,12 @@ def shapes(tmp_path_factory) -> pathlib.Path:
 def debug_config(shapes):
     """configs/debug.py on the generated videos."""
     return load_config("debug", f"data={shapes}")
+
+
+def mesh_of(data: int, fsdp: int = 1) -> jax.sharding.Mesh:
+    """A mesh over some of the fake devices."""
+    devices = jax.devices()[: data * fsdp]
+    return jax.make_mesh((data, fsdp, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def load_config(name: str, arg: str = ""):

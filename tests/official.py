@@ -1,4 +1,4 @@
-"""The published names of a pretraining model's tensors, as our parameter tree."""
+"""The published names of a model's tensors, as our parameter tree."""
 
 import re
 
@@ -13,6 +13,10 @@ _PATHS = [
     (r"(\w+)\.norm\.bias", r"\1/norm/bias", None),
     (r"decoder\.head\.weight", "decoder/head/kernel", np.transpose),
     (r"decoder\.head\.bias", "decoder/head/bias", None),
+    (r"fc_norm\.weight", "norm/scale", None),
+    (r"fc_norm\.bias", "norm/bias", None),
+    (r"head\.weight", "head/kernel", np.transpose),
+    (r"head\.bias", "head/bias", None),
 ]
 _BLOCK = {
     "norm1.weight": ("norm1/scale", None),
@@ -32,10 +36,12 @@ _BLOCK = {
 
 
 def to_params(tensors: dict[str, np.ndarray]) -> dict:
-    """Every tensor of a published pretraining model, in our layout; blocks stacked in order."""
+    """Every tensor of a published model, in our layout; blocks stacked in order."""
     flat: dict[str, np.ndarray] = {}
     stacks: dict[str, dict[int, np.ndarray]] = {}
     for name, tensor in tensors.items():
+        if name.startswith(("blocks.", "patch_embed.")):  # of a finetuned model
+            name = f"encoder.{name}"
         block = re.fullmatch(r"(encoder|decoder)\.blocks\.(\d+)\.(.+)", name)
         if block:
             path, transform = _BLOCK[block[3]]

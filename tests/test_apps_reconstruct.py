@@ -16,7 +16,12 @@ from videomae_jax.evaluation import reconstruction
 from videomae_jax.models import masking, tubelets, vit
 
 CONFIG = vm.VideoMAEConfig(
-    (4, 32, 32), (2, 8, 8), (0.5,) * 3, (0.2,) * 3, vit.Stack(8, 1, 1, 16), vit.Stack(8, 1, 1, 16)
+    clip_size=(4, 32, 32),
+    tubelet=(2, 8, 8),
+    pixel_mean=(0.5,) * 3,
+    pixel_std=(0.2,) * 3,
+    encoder=vit.Stack(8, 1, 1, 16),
+    decoder=vit.Stack(8, 1, 1, 16),
 )
 
 

@@ -23,7 +23,7 @@ def use(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["trian"], "unknown command 'trian': use train, prepare, reconstruct"),
+        (["trian"], "unknown command 'trian': use train, evaluate, prepare, reconstruct"),
         (["train", DEBUG], "train needs --workdir=...; see train --help"),
         (["train", "--workdir=W"], "train needs --config=..."),
         (["train", "--workdir=W", "--config=nowhere.py"], "no file nowhere.py"),
@@ -39,6 +39,13 @@ def use(monkeypatch, capsys):
         (["train", "--workdir=W", DEBUG, "--config.data.frames=7"], "(7, 32, 32) cannot be cut"),
         (["train", "--workdir=W", DEBUG, "--config.mesh.data=3"], "does not use the 8 devices"),
         (["train", "--workdir=/dev/null/x", f"{DEBUG}:data=SHAPES"], "/dev/null"),
+        (["evaluate", DEBUG], "evaluate needs --workdir=..."),
+        (["evaluate", "--workdir=W", DEBUG], "evaluate tests classifiers, not task=pretrain"),
+        (["evaluate", "--workdir=W", f"{DEBUG}:task=finetune"], "W holds no model"),
+        (["train", "--workdir=W", f"{DEBUG}:task=dance"], "task='dance' is unknown: use pretrain"),
+        (["train", "--workdir=W", f"{DEBUG}:task=finetune", "--config.init_from=X"], "X holds no model"),
+        (["train", "--workdir=W", f"{DEBUG}:task=probe"], "a probe needs trained weights: set --config.init"),
+        (["train", "--workdir=W", DEBUG, "--config.augment.mixup=0.5"], "only finetune would read it"),
         (["prepare", "a"], "prepare takes SRC DST, not a"),
         (["prepare", "/nowhere", "D"], "/nowhere does not exist: pass a folder of videos"),
         (["prepare", "SHAPES", "D", "--codec=vp9"], "--codec=vp9 is unknown: use h264_intra"),

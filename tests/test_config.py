@@ -1,11 +1,11 @@
 """The tree of settings: locked, complete, and equal to the published tables."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 from conftest import ROOT, load_config
 
 from videomae_jax import config as settings
-from videomae_jax.models import masking
 from videomae_jax.training import tasks
 
 # (size, data): batch, effective lr, effective min lr, mask, stride, decoder depth, duration, warm-up, every
@@ -41,6 +41,40 @@ def test_published_pretraining(row):
     assert c.model.remat == (size == "huge")
 
 
+# (size, data): videos of a step, clips per video, lr, end lr, epochs, layer decay, drop path, head dropout,
+# stride, views. Fact sheet 5.7; ssv2 large and HMDB51 from the paper's tables.
+FINETUNING = {
+    ("small", "k400"): (384, 2, 7.5e-4, 1.5e-6, 150, 0.75, 0.1, 0.0, 4, (5, 3)),
+    ("base", "k400"): (384, 2, 7.5e-4, 1.5e-6, 75, 0.75, 0.1, 0.0, 4, (5, 3)),
+    ("large", "k400"): (128, 2, 1e-3, 5e-7, 35, 0.75, 0.1, 0.0, 4, (5, 3)),
+    ("huge", "k400"): (512, 2, 2e-3, 2e-5, 50, 0.75, 0.2, 0.5, 4, (5, 3)),
+    ("small", "ssv2"): (384, 2, 1.5e-3, 1.5e-6, 40, 0.70, 0.1, 0.0, 0, (2, 3)),
+    ("base", "ssv2"): (384, 2, 7.5e-4, 1.5e-6, 30, 0.75, 0.1, 0.0, 0, (2, 3)),
+    ("large", "ssv2"): (512, 2, 1e-3, 2e-6, 30, 0.75, 0.2, 0.5, 0, (2, 3)),
+    ("base", "ucf101"): (128, 2, 2.5e-4, 5e-6, 100, 0.70, 0.2, 0.5, 4, (5, 3)),
+    ("base", "hmdb51"): (128, 2, 5e-4, 5e-7, 50, 0.70, 0.2, 0.5, 2, (10, 3)),
+}
+
+
+@pytest.mark.parametrize("row", FINETUNING)
+def test_published_finetuning(row):
+    size, data = row
+    videos, clips, lr, end, epochs, decay, drop_path, dropout, stride, views = FINETUNING[row]
+    c = load_config("finetune", f"size={size},data={data}")
+    plan = settings.finalize(c, num_videos=240_436)
+    steps = 240_436 // videos
+    assert (plan.steps_per_epoch, plan.total_steps, plan.warmup_steps) == (steps, epochs * steps, 5 * steps)
+    assert plan.peak_lr == pytest.approx(lr)
+    assert plan.end_lr == pytest.approx(end)
+    assert (c.data.batch_size, c.data.clips_per_video) == (videos * clips, clips)
+    assert (c.optim.layer_decay, c.model.drop_path, c.head.dropout) == (decay, drop_path, dropout)
+    assert (c.data.stride, c.evaluate.segments, c.evaluate.crops) == (stride, *views)
+    assert (c.optim.betas, c.optim.weight_decay, c.optim.clip_norm) == ((0.9, 0.999), 0.05, 0)
+    assert (c.augment.policy, c.augment.erasing) == ("rand-m7-n4-mstd0.5-inc1", 0.25)
+    assert (c.augment.mixup, c.augment.cutmix, c.loss.smoothing, c.head.scale) == (0.8, 1.0, 0.1, 0.001)
+    assert c.augment.flip == (data != "ssv2")
+
+
 def test_a_path_takes_the_kinetics_recipe():
     c = load_config("pretrain", "data=/my/videos")
     assert (c.data.path, c.data.stride, c.data.batch_size) == ("/my/videos", 4, 2048)
@@ -52,6 +86,10 @@ def test_a_path_takes_the_kinetics_recipe():
         *(("pretrain", f"size={size},data={data}") for size, data in PUBLISHED),
         *(("small", f"scale={scale}") for scale in ("laptop", "gpu")),
         ("debug", ""),
+        *(("finetune", f"size={size},data={data}") for size, data in FINETUNING),
+        ("finetune", "size=tiny,data=moving_shapes"),
+        ("finetune", "size=base,data=/my/videos,preset=small_data"),
+        ("debug", "task=finetune"),
     ],
 )
 def test_every_config_is_locked_and_its_step_traces(name, arg):
@@ -59,21 +97,34 @@ def test_every_config_is_locked_and_its_step_traces(name, arg):
     with pytest.raises(AttributeError, match='Did you mean "lr"'):
         c.optim.lrr = 1.0
     assert set(settings.flatten(c)) == set(settings.flatten(settings.defaults()))
-    task = tasks.make_task(c)
+    task = tasks.make_task(settings.resolve(c))
     frames, height, width = task.model.clip_size
     batch = {
         "video": jax.ShapeDtypeStruct((8, frames, height, width, 3), "uint8"),
         "index": jax.ShapeDtypeStruct((8,), "uint32"),
         "weight": jax.ShapeDtypeStruct((8,), "float32"),
+        "label": jax.ShapeDtypeStruct((8,), "int32"),
+        "erase": jax.ShapeDtypeStruct((8, 4), "int32"),
     }
     params = jax.eval_shape(task.init, jax.random.key(0))
-    loss = jax.eval_shape(task.loss, params, batch, jax.random.key(0))
-    assert (loss.shape, loss.dtype) == ((), "float32")
-    assert sum(masking.counts(task.mask, task.model.grid, task.mask_ratio)) > 0
+    losses = jax.eval_shape(task.clip_losses, params, batch, jax.random.key(0), jnp.int32(0))
+    assert (losses.shape, losses.dtype) == ((8,), "float32")
+    transform = task.clip_transform
+    assert (transform.frames, transform.size) == (frames, (height, width))
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear", "attentive"])
+def test_probe_configs(kind):
+    for arg in (f"kind={kind}", f"kind={kind},size=tiny,data=moving_shapes"):
+        c = settings.resolve(load_config("probe", arg))
+        assert (c.task, c.probe.kind) == ("probe", kind)
+        tasks.make_mesh(c)
 
 
 def test_every_config_file_is_tested():
-    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {"pretrain", "small", "debug"}
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {
+        *("pretrain", "finetune", "probe", "small", "debug"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -83,6 +134,9 @@ def test_every_config_file_is_tested():
         ("small", "scale=pod", "scale=pod is unknown: use laptop or gpu"),
         ("pretrain", "size=giant", "size=giant is unknown: use small, base, large, huge"),
         ("debug", "x", "'x' is not understood"),
+        ("finetune", "size=giant", "size=giant is unknown: use tiny, small"),
+        ("finetune", "preset=big", "preset=big is unknown: use published, small_data"),
+        ("probe", "size=huge", "size=huge is unknown: use tiny or base"),
     ],
 )
 def test_wrong_config_arguments(name, arg, text):
@@ -114,13 +168,13 @@ def test_schedules_that_cannot_be(changes, videos, text):
         settings.finalize(c, videos)
 
 
-@pytest.mark.parametrize("key", ["log.steps", "log.pictures", "data.stride", "mesh.fsdp"])
+@pytest.mark.parametrize("key", ["log.steps", "log.pictures", "data.frames", "mesh.fsdp"])
 def test_counts_that_are_too_small(key):
     c = settings.defaults()
     section, name = key.split(".")
     c[section][name] = 0
     with pytest.raises(settings.UserError, match=f"{key}=0 must be at least 1"):
-        settings.check_bounds(c)
+        settings.resolve(c)
 
 
 def test_differences_name_what_a_result_depends_on():
@@ -148,6 +202,7 @@ def test_differences_name_what_a_result_depends_on():
         ("log", {"statistics": "visble"}, "log.statistics=visble is unknown"),
         ("loss", {"kind": "huber"}, "loss.kind='huber' is unknown"),
         ("loss", {"normalize_target": False}, "log.statistics=true is for normalised targets"),
+        ("data", {"stride": 0}, "data.stride=0 .* is for finetuning"),
     ],
 )
 def test_settings_that_do_not_fit_together(untyped, section, change, text):
@@ -155,3 +210,44 @@ def test_settings_that_do_not_fit_together(untyped, section, change, text):
     c[section].update(change)
     with pytest.raises(settings.UserError, match=text):
         tasks.make_task(c)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "text"),
+    [
+        ("head", {"kind": "sigmoid"}, "unknown head 'sigmoid'"),
+        ("head", {"pooling": "max"}, "unknown pooling 'max'"),
+        ("head", {"dropout": 1.0}, "head_dropout 1.0 must be"),
+        ("head", {"kind": "regression"}, "mixup and cutmix mix classes"),
+        ("model", {"drop_path": 1.5}, "drop_path 1.5 must be"),
+        ("data", {"batch_size": 9}, "batch_size=9 is odd, and mixup pairs clips"),
+        ("augment", {"policy": "auto"}, "'auto' is not understood"),
+        ("augment", {"mix_switch": 2.0}, "augment.mix_switch=2.0 is out of range"),
+        ("loss", {"class_weights": "some"}, "loss.class_weights='some' is unknown"),
+        ("optim", {"freeze_blocks": 3}, "freeze_blocks=3 of 2 blocks"),
+    ],
+)
+def test_finetuning_settings_that_do_not_fit_together(untyped, section, change, text):
+    c = load_config("debug", "task=finetune")
+    c[section].update(change)
+    with pytest.raises(settings.UserError, match=text):
+        tasks.make_task(settings.resolve(c))
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "value"),
+    [
+        ("pretrain", "augment.mixup", 0.5),
+        ("pretrain", "optim.ema", 0.9),
+        ("finetune", "mask.ratio", 0.5),
+        ("finetune", "probe.lr", 0.5),
+        ("probe", "optim.lr", 0.5),
+        ("probe", "loss.smoothing", 0.5),
+    ],
+)
+def test_a_key_that_the_task_does_not_read_is_refused(task, key, value):
+    c = load_config("debug", f"task={task}")
+    section, name = key.split(".")
+    c[section][name] = value
+    with pytest.raises(settings.UserError, match=f"{key}={value} is set, but only .* would read it"):
+        settings.resolve(c)

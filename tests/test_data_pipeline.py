@@ -76,6 +76,7 @@ def test_a_batch(source):
         "label": "int32",
         "weight": "float32",
         "record": "int32",
+        "num_frames": "int32",
     }
 
 

@@ -11,9 +11,14 @@ import videomae_jax as vm
 from videomae_jax.interop import export
 from videomae_jax.models import vit
 
-CONFIG = vm.VideoMAEConfig(
-    (2, 8, 8), (2, 4, 4), (0.5,) * 3, (0.2,) * 3, vit.Stack(8, 2, 2, 16), vit.Stack(8, 1, 1, 16)
-)
+BACKBONE = {
+    "clip_size": (2, 8, 8),
+    "tubelet": (2, 4, 4),
+    "pixel_mean": (0.5,) * 3,
+    "pixel_std": (0.2,) * 3,
+    "encoder": vit.Stack(8, 2, 2, 16),
+}
+CONFIG = vm.VideoMAEConfig(**BACKBONE, decoder=vit.Stack(8, 1, 1, 16))
 
 
 @pytest.fixture

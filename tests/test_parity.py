@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mesh_of
 from flax import nnx
 from official import to_params
 from safetensors.numpy import load_file
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file
 import videomae_jax as vm
 from videomae_jax import sharding
 from videomae_jax.models import masking, tubelets, vit
-from videomae_jax.training import optim, step
+from videomae_jax.training import finetune, optim, step
 
 TOLERANCE = 1e-4  # float32 against float32; reached: see docs/parity.md
 
@@ -82,16 +83,15 @@ def test_loss(model, expected, video, mask, name, normalize):
     assert relative_error(model.loss(video, mask, normalize), expected[name]) < TOLERANCE
 
 
-def loss_of(model, video, mask):
-    """The training loss as a function of the parameter tree, and that tree."""
+def losses_of(model, video, mask):
+    """The training losses of clips as a function of the parameter tree, and that tree."""
     graphdef, params = nnx.split(model)
     visible, hidden = masking.from_mask(mask)
 
-    def loss(params, _batch, _root):
-        merged = nnx.merge(graphdef, params)
-        return merged.clip_losses(video, visible, hidden, True, "mse").mean()
+    def losses(params, _batch, _root, _step):
+        return nnx.merge(graphdef, params).clip_losses(video, visible, hidden, True, "mse")
 
-    return loss, nnx.to_pure_dict(params)
+    return losses, nnx.to_pure_dict(params)
 
 
 def expected_tree(expected, prefix):
@@ -108,8 +108,8 @@ def worst_leaf(ours, theirs) -> tuple[float, str]:
 
 
 def test_every_gradient(model, expected, video, mask):
-    loss, params = loss_of(model, video, mask)
-    grads = jax.jit(jax.grad(loss))(params, None, None)
+    losses, params = losses_of(model, video, mask)
+    grads = jax.jit(jax.grad(lambda p: losses(p, None, None, None).mean()))(params)
     error, name = worst_leaf(grads, expected_tree(expected, "grad/"))
     assert error < TOLERANCE, name
 
@@ -118,13 +118,16 @@ def test_three_adamw_steps(model, expected, video, mask, golden):
     recipe = json.loads((golden / "meta.json").read_text())["pretrain"]
     rates = jnp.array(recipe["lr_per_step"])
     tx = optim.adamw(tuple(recipe["betas"]), recipe["eps"], recipe["weight_decay"], clip_norm=0.0)
-    loss, params = loss_of(model, video, mask)
-    mesh = sharding.make_mesh(-1, 1, 1)
+    clip_losses, params = losses_of(model, video, mask)
+    assert_three_steps(clip_losses, params, tx, lambda i: rates[i], expected, recipe["eps"])
+
+
+def assert_three_steps(clip_losses, params, tx, rate, expected, epsilon):
+    """Losses and parameters of three updates are the published ones."""
+    mesh = mesh_of(2)
     state = step.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-    train_step = step.make_train_step(
-        loss, tx, lambda i: rates[i], mesh, sharding.state_sharding(mesh, state)
-    )
-    batch = {"weight": jnp.ones(8)}
+    train_step = step.make_train_step(clip_losses, tx, rate, mesh, sharding.state_sharding(mesh, state))
+    batch = {"weight": jnp.ones(2)}
     losses = []
     for _ in range(3):
         state, metrics = train_step(state, batch, jax.random.key(0))
@@ -133,7 +136,7 @@ def test_three_adamw_steps(model, expected, video, mask, golden):
     published = expected_tree(expected, "after3/")
     # Adam's step for a gradient below its epsilon is the rounding of that gradient, which differs from
     # processor to processor (one of 73,728 elements of a kernel: 1.5e-4). Those few are left to the norm.
-    is_sound = jax.tree.map(lambda g: np.abs(g) > recipe["eps"], expected_tree(expected, "grad/"))
+    is_sound = jax.tree.map(lambda g: np.abs(g) > epsilon, expected_tree(expected, "grad/"))
     assert min(np.mean(leaf) for leaf in jax.tree.leaves(is_sound)) > 0.5
     ours = jax.tree.map(np.where, is_sound, jax.device_get(state.params), published)
     error, name = worst_leaf(ours, published)
@@ -144,11 +147,94 @@ def test_three_adamw_steps(model, expected, video, mask, golden):
     assert max(jax.tree.leaves(norms)) < 1e-5
 
 
-def test_decay_groups(model, golden):
-    recipe = json.loads((golden / "meta.json").read_text())["pretrain"]
-    decayed = {name: np.float32(g["weight_decay"] > 0) for name, g in recipe["param_groups"].items()}
-    weights = load_file(golden / "pretrain_weights.safetensors")
-    theirs = to_params({k: np.broadcast_to(decayed[k], v.shape) for k, v in weights.items()})
-    ours = optim.decay_mask(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(b, np.float32(a)), ours, theirs)
+def groups(golden, task: str, field: str) -> dict:
+    """A field of the published parameter groups, for every element in our layout."""
+    recipe = json.loads((golden / "meta.json").read_text())[task]
+    values = {name: np.float32(group[field]) for name, group in recipe["param_groups"].items()}
+    weights = load_file(golden / f"{task}_weights.safetensors")
+    return to_params({k: np.broadcast_to(values[k], v.shape) for k, v in weights.items()})
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_decay_groups(model, classifier, golden, task):
+    decayed = jax.tree.map(lambda decay: decay > 0, groups(golden, task, "weight_decay"))
+    of = model if task == "pretrain" else classifier
+    ours = optim.decay_mask(nnx.to_pure_dict(nnx.state(of, nnx.Param)))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(b, a), ours, decayed)
     assert 0 < sum(jax.tree.leaves(ours)) < len(jax.tree.leaves(ours))
+
+
+def test_layer_decay_groups(classifier, golden):
+    theirs = groups(golden, "finetune", "lr_scale")
+    params = nnx.to_pure_dict(nnx.state(classifier, nnx.Param))
+    ours = optim.layer_scales(params, optim.Layers(decay=0.75))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.broadcast_to(a, b.shape), b), ours, theirs)
+    assert theirs["encoder"]["blocks"]["fc1"]["bias"][0, 0] == np.float32(0.421875)
+
+
+@pytest.fixture(scope="module")
+def finetuned(golden):
+    return load_file(golden / "finetune_expected.safetensors")
+
+
+@pytest.fixture(scope="module")
+def classifier(golden) -> vm.VideoClassifier:
+    config = vm.ClassifierConfig(
+        clip_size=(16, 64, 64),
+        tubelet=(2, 16, 16),
+        pixel_mean=(0.485, 0.456, 0.406),
+        pixel_std=(0.229, 0.224, 0.225),
+        encoder=vit.Stack(48, 3, 3, 192),
+        classes=tuple("abcdefg"),
+    )
+    params = to_params(load_file(golden / "finetune_weights.safetensors"))
+    graphdef, state = nnx.split(vm.VideoClassifier(config, rngs=nnx.Rngs(0)))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
+    return nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
+
+
+def test_features_and_logits(classifier, finetuned):
+    video = jnp.asarray(finetuned["video_u8"])
+    assert relative_error(classifier.features(video), finetuned["features"]) < TOLERANCE
+    assert relative_error(classifier(video), finetuned["logits"]) < TOLERANCE
+
+
+def smoothed_losses(classifier, finetuned):
+    """The training losses of clips as a function of the parameter tree, and that tree."""
+    task = finetune.Finetune(
+        model=classifier.config,
+        stride=4,
+        policy=None,
+        flip=False,
+        erasing=0.0,
+        area=(1.0, 1.0),
+        clips_per_video=1,
+        mix=None,
+        smoothing=0.1,
+        class_weights=None,
+        frozen=0,
+    )
+    fields = {
+        "video": jnp.asarray(finetuned["video_u8"]),
+        "label": jnp.asarray(finetuned["labels"], jnp.int32),
+    }
+    fields["index"] = jnp.arange(2, dtype=jnp.uint32)
+    key, first = jax.random.key(0), jnp.int32(0)
+    losses = lambda params, _batch, _root, _step: task.clip_losses(params, fields, key, first)  # noqa: E731
+    return losses, nnx.to_pure_dict(nnx.state(classifier, nnx.Param))
+
+
+def test_label_smoothed_loss_and_every_gradient(classifier, finetuned):
+    losses, params = smoothed_losses(classifier, finetuned)
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: losses(p, None, None, None).mean()))(params)
+    assert relative_error(loss, finetuned["loss_label_smoothing_0.1"]) < TOLERANCE
+    error, name = worst_leaf(grads, expected_tree(finetuned, "grad/"))
+    assert error < TOLERANCE, name
+
+
+def test_three_finetuning_steps(classifier, finetuned, golden):
+    recipe = json.loads((golden / "meta.json").read_text())["finetune"]
+    layers = optim.Layers(recipe["layer_decay"])
+    tx = optim.adamw(tuple(recipe["betas"]), recipe["eps"], recipe["weight_decay"], 0.0, layers)
+    losses, params = smoothed_losses(classifier, finetuned)
+    assert_three_steps(losses, params, tx, lambda _: recipe["lr"], finetuned, recipe["eps"])

@@ -20,7 +20,8 @@ import videomae_jax as vm
 from videomae_jax import config as settings
 from videomae_jax import sharding
 from videomae_jax.data import pipeline
-from videomae_jax.training import loop, tasks
+from videomae_jax.training import feed, loop, splits, tasks
+from videomae_jax.training.pretrain import Pretrain
 
 STEPS = 40
 
@@ -263,8 +264,8 @@ def test_a_work_folder_of_another_run_is_refused(shapes, tmp_path, debug_config)
 
 def test_skipped_steps_are_written_down_and_limited(shapes, tmp_path, debug_config, monkeypatch):
     debug_config.optim.max_skipped = 3
-    plain = tasks.Pretrain.loss
-    monkeypatch.setattr(tasks.Pretrain, "loss", lambda *args: plain(*args) * jnp.nan)
+    plain = Pretrain.clip_losses
+    monkeypatch.setattr(Pretrain, "clip_losses", lambda *args: plain(*args) * jnp.nan)
     with pytest.raises(loop.TrainingError, match="3 steps in a row had no usable gradient"):
         loop.run(debug_config, tmp_path, time.time())
     lines = (tmp_path / "skipped_steps.jsonl").read_text().splitlines()
@@ -295,15 +296,15 @@ def test_a_run_that_saved_nothing_is_begun_anew(shapes, tmp_path, debug_config):
 
 def test_batches_must_divide_over_the_devices(tmp_path, debug_config):
     debug_config.data.batch_size = 12
-    with pytest.raises(settings.UserError, match=r"batch_size=12 does not divide over .* 8 devices"):
+    with pytest.raises(settings.UserError, match=r"batch_size=12 does not divide over .* = 8"):
         loop.run(debug_config, tmp_path, time.time())
 
 
 def test_prefetch_hands_over_batches_in_order(shapes, debug_config):
     task = tasks.make_task(debug_config)
-    source, _ = tasks.open_data(debug_config)
+    source = splits.open_splits(debug_config).train
     dataset = pipeline.clips(source, task.clip_transform, seed=0, batch_size=8)
-    ahead = loop.prefetch(dataset, 8, sharding.make_mesh(-1, 1, 1), workers=0, threads=1)
+    ahead = feed.prefetch(dataset, source, 8, sharding.make_mesh(-1, 1, 1), workers=0, threads=1)
     for number in range(4):
         batch, host_fields = next(ahead)
         np.testing.assert_array_equal(host_fields["index"], np.arange(8) + 8 * number)
@@ -321,6 +322,6 @@ def test_a_killed_loader_process_ends_the_run_with_one_line(debug_config):
         raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
 
     iterator = dying()
-    assert loop._next(iterator) == {}
-    with pytest.raises(loop.TrainingError, match="a loader process was killed, perhaps for want of memory"):
-        loop._next(iterator)
+    assert feed._next(iterator) == {}
+    with pytest.raises(feed.TrainingError, match="a loader process was killed, perhaps for want of memory"):
+        feed._next(iterator)

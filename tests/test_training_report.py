@@ -21,7 +21,7 @@ def lines(folder):
 def test_every_nth_and_the_last_step_are_logged(tmp_path, capsys):
     log = report.Report(tmp_path, 0, 7, batch_size=4, every=3)
     for step in range(1, 8):
-        log.step(step, METRICS)
+        log.step(step, METRICS, {})
     log.close()
     assert [line["step"] for line in lines(tmp_path)] == [3, 6, 7]
     assert set(lines(tmp_path)[0]) == {"step", *METRICS, "clips_per_second", "data_wait", "memory_gib"}
@@ -34,8 +34,8 @@ def test_every_nth_and_the_last_step_are_logged(tmp_path, capsys):
 
 def test_tensorboard_events_read_back(tmp_path):
     log = report.Report(tmp_path, 0, 2, batch_size=4, every=1)
-    log.step(1, METRICS)
-    log.step(2, {**METRICS, "loss": float("nan"), "skipped": 1.0})
+    log.step(1, METRICS, {})
+    log.step(2, {**METRICS, "loss": float("nan"), "skipped": 1.0}, {})
     log.close()
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, events = path.read_bytes(), []
@@ -54,11 +54,11 @@ def test_the_first_step_is_not_throughput(tmp_path):
     log = report.Report(tmp_path, 0, 3, batch_size=10, every=10)
     log.waited(5.0)
     time.sleep(0.3)
-    log.step(1, METRICS)
+    log.step(1, METRICS, {})
     time.sleep(0.05)
     log.waited(0.02)
-    log.step(2, METRICS)
-    log.step(3, METRICS)
+    log.step(2, METRICS, {})
+    log.step(3, METRICS, {})
     totals = log.totals()
     log.close()
     assert totals["clips_per_second"] > 20 / 0.3
@@ -80,7 +80,7 @@ def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.stderr", terminal)
         log = report.Report(tmp_path, 0, 4, batch_size=4, every=1)
         for step in range(1, 5):
-            log.step(step, METRICS)
+            log.step(step, METRICS, {})
         log.close()
         terminal.write("end of the run")
         terminal.flush()

@@ -1,18 +1,20 @@
 """The compiled step: layout independence, collectives, weight 0, and the guard against bad numbers."""
 
 import dataclasses
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from conftest import mesh_of
 
 from videomae_jax import sharding
 from videomae_jax.models import vit
 from videomae_jax.models.mae import VideoMAEConfig
-from videomae_jax.training import optim, step, tasks
+from videomae_jax.training import optim, step
+from videomae_jax.training.pretrain import Pretrain
 
 CONFIG = VideoMAEConfig(
     clip_size=(4, 16, 16),
@@ -22,13 +24,8 @@ CONFIG = VideoMAEConfig(
     encoder=vit.Stack(24, 2, 2, 48),
     decoder=vit.Stack(16, 1, 2, 32),
 )
-TASK = tasks.Pretrain(CONFIG, "tube", 0.75, True, "mse", 1)
+TASK = Pretrain(CONFIG, "tube", 0.75, True, "mse", 1)
 ROOT = jax.random.key(7)
-
-
-def mesh_of(data: int, fsdp: int = 1) -> jax.sharding.Mesh:
-    devices = jax.devices()[: data * fsdp]
-    return jax.make_mesh((data, fsdp, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def batch_of(rows: int = 8, **changes) -> dict[str, np.ndarray]:
@@ -41,7 +38,13 @@ def batch_of(rows: int = 8, **changes) -> dict[str, np.ndarray]:
     } | changes
 
 
-def prepare(mesh, loss=TASK.loss):
+def mean_loss(task, params, batch, root=ROOT):
+    """The loss that the step takes the gradient of."""
+    losses = task.clip_losses(params, batch, root, jnp.int32(0))
+    return jnp.sum(batch["weight"] * losses) / jnp.maximum(batch["weight"].sum(), 1)
+
+
+def prepare(mesh, loss=TASK.clip_losses):
     tx = optim.adamw((0.9, 0.95), 1e-8, 0.05, 0.0)
     state, shardings = step.init_state(TASK.init, tx, mesh, seed=0)
     return state, step.make_train_step(loss, tx, lambda _: jnp.float32(1e-3), mesh, shardings)
@@ -85,7 +88,7 @@ def test_the_only_collectives_are_reductions():
     # Without the loop over layers, so that every reduction stands in the text once.
     compute = vit.Compute(unroll=2)
     task = dataclasses.replace(TASK, model=dataclasses.replace(CONFIG, compute=compute))
-    state, train_step = prepare(mesh, task.loss)
+    state, train_step = prepare(mesh, task.clip_losses)
     batch = sharding.global_batch(mesh, batch_of())
     text = train_step.lower(state, batch, ROOT).compile().as_text()
     found = set(re.findall(r"(all-\w+(?:-\w+)?|reduce-scatter|collective-permute)(?:-start)?\(", text))
@@ -106,13 +109,13 @@ def test_a_clip_of_weight_zero_is_as_if_absent():
     weight[[2, 5]] = 0
     video = rows["video"].at[jnp.array([2, 5])].set(0)
     kept = np.flatnonzero(weight)
-    whole = jax.value_and_grad(TASK.loss)
+    whole = jax.value_and_grad(functools.partial(mean_loss, TASK))
     params = TASK.init(jax.random.key(0))
-    with_bad, grads = whole(params, {**rows, "video": video, "weight": jnp.asarray(weight)}, ROOT)
-    without, expected = whole(params, {name: value[kept] for name, value in rows.items()}, ROOT)
+    with_bad, grads = whole(params, {**rows, "video": video, "weight": jnp.asarray(weight)})
+    without, expected = whole(params, {name: value[kept] for name, value in rows.items()})
     np.testing.assert_allclose(with_bad, without, rtol=1e-6)
     assert_trees_close(grads, expected, atol=1e-7)
-    all_good, _ = whole(params, rows, ROOT)
+    all_good, _ = whole(params, rows)
     assert abs(all_good - without) > 1e-5
 
 
@@ -129,8 +132,8 @@ def test_a_batch_without_a_usable_clip_changes_nothing():
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poison):
     mesh = mesh_of(2)
 
-    def loss(params, batch, root):
-        return TASK.loss(params, batch, root) * jnp.where(batch["label"][0] == 1, poison, 1.0)
+    def loss(params, batch, root, step):
+        return TASK.clip_losses(params, batch, root, step) * jnp.where(batch["label"][0] == 1, poison, 1.0)
 
     state, train_step = prepare(mesh, loss)
     before = jax.device_get(state)
@@ -158,7 +161,7 @@ def test_drop_path_is_active_in_training_only():
     task = dataclasses.replace(TASK, model=dataclasses.replace(CONFIG, drop_path=0.5))
     params = task.init(jax.random.key(0))
     losses = {
-        float(t.loss(params, {n: jnp.asarray(v) for n, v in batch_of().items()}, ROOT)) for t in (task, TASK)
+        float(mean_loss(t, params, {n: jnp.asarray(v) for n, v in batch_of().items()})) for t in (task, TASK)
     }
     assert len(losses) == 2
 

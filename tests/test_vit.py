@@ -65,7 +65,14 @@ def test_position_table_row_196_of_base():
 def published(size: vit.Size, decoder_depth: int) -> vm.VideoMAEConfig:
     decoder = dataclasses.replace(size.decoder, depth=decoder_depth)
     tubelet = (2, size.patch, size.patch)
-    return vm.VideoMAEConfig((16, 224, 224), tubelet, (0.5,) * 3, (0.5,) * 3, size.encoder, decoder)
+    return vm.VideoMAEConfig(
+        clip_size=(16, 224, 224),
+        tubelet=tubelet,
+        pixel_mean=(0.5,) * 3,
+        pixel_std=(0.5,) * 3,
+        encoder=size.encoder,
+        decoder=decoder,
+    )
 
 
 def count(module) -> int:
@@ -117,7 +124,7 @@ def test_bicubic_resampling_equals_pytorchs():
 
 
 def blocks_of(depth: int, width: int = 16) -> vit.Block:
-    return vit.make_blocks(vit.Stack(width, depth, 2, 32), 1e-6, 0.0, "float32", nnx.Rngs(0))
+    return vit.make_blocks(vit.Stack(width, depth, 2, 32), 1e-6, 0.0, "float32", nnx.Rngs(0), vit.XAVIER)
 
 
 def jaxpr_size(depth: int, compute: vit.Compute) -> int:
@@ -154,7 +161,7 @@ def test_stacked_blocks_equal_a_loop_over_layers(rng):
     graphdef, params = nnx.split(blocks)
     y = x
     for i in range(3):
-        y = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params))(y, jnp.zeros(()), None)
+        y = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params))(y, None)
     scanned = vit.run_blocks(blocks, x, vit.Compute(), 0.0, None)
     np.testing.assert_allclose(scanned, y, atol=1e-5)
     kernels = np.asarray(blocks.fc1.kernel[...])
@@ -162,21 +169,26 @@ def test_stacked_blocks_equal_a_loop_over_layers(rng):
 
 
 def test_drop_path_drops_whole_examples_and_keeps_the_mean():
-    x = jnp.ones((2000, 3, 2))
-    y = np.asarray(vit.drop_path(x, jnp.float32(0.25), jax.random.key(0)))
-    assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
-    assert (y == y[:, :1, :1]).all()
-    np.testing.assert_allclose(y.mean(), 1, atol=0.05)
-    np.testing.assert_array_equal(vit.drop_path(x, jnp.float32(0.25), None), x)
+    keys = jax.random.split(jax.random.key(0), 2000)
+    scales = np.asarray(vit.drop_path_scales(keys, 0.5, 3))
+    assert scales.shape == (3, 2, 2000)
+    for layer, rate in zip(scales, (0, 0.25, 0.5), strict=True):
+        assert set(np.unique(layer)) <= {0.0, np.float32(1 / (1 - rate))}
+        np.testing.assert_allclose(layer.mean(), 1, atol=0.05)
+    assert (scales[2, 0] != scales[2, 1]).any()
+    # An example's draws are its own: they do not depend on its place in the batch.
+    np.testing.assert_array_equal(vit.drop_path_scales(keys[::-1], 0.5, 3), scales[..., ::-1])
+    assert vit.drop_path_scales(None, 0.5, 3) is None
+    assert vit.drop_path_scales(keys, 0.0, 3) is None
 
 
 def test_drop_path_rises_from_zero_in_the_first_block(rng):
     x = jnp.asarray(rng.normal(size=(4, 5, 16)), jnp.float32)
-    key = jax.random.key(0)
+    keys = jax.random.split(jax.random.key(0), 4)
     one, two = blocks_of(1), blocks_of(2)
-    same = vit.run_blocks(one, x, vit.Compute(), 0.9, key)
+    same = vit.run_blocks(one, x, vit.Compute(), 0.9, keys)
     np.testing.assert_allclose(same, vit.run_blocks(one, x, vit.Compute(), 0.0, None), atol=1e-6)
-    dropped = vit.run_blocks(two, x, vit.Compute(), 0.9, key)
+    dropped = vit.run_blocks(two, x, vit.Compute(), 0.9, keys)
     assert not np.allclose(dropped, vit.run_blocks(two, x, vit.Compute(), 0.0, None), atol=1e-3)
 
 
@@ -184,7 +196,7 @@ def test_layer_scale_is_absent_by_default_and_scales_branches(rng):
     x = jnp.asarray(rng.normal(size=(1, 3, 16)), jnp.float32)
     plain = nnx.to_pure_dict(nnx.state(blocks_of(2), nnx.Param))
     assert "gamma1" not in plain
-    scaled = vit.make_blocks(vit.Stack(16, 2, 2, 32), 1e-6, 1e-5, "float32", nnx.Rngs(0))
+    scaled = vit.make_blocks(vit.Stack(16, 2, 2, 32), 1e-6, 1e-5, "float32", nnx.Rngs(0), vit.XAVIER)
     np.testing.assert_allclose(scaled.gamma1[...], 1e-5)
     y = vit.run_blocks(scaled, x, vit.Compute(), 0.0, None)
     np.testing.assert_allclose(y, x, atol=1e-3)

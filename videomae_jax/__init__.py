@@ -5,12 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from videomae_jax.interop.export import load, save
+    from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
     from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
     from videomae_jax.models.masking import frame_mask, random_mask, tube_mask
     from videomae_jax.models.vit import SIZES
 
 __all__ = [
     "SIZES",
+    "ClassifierConfig",
+    "VideoClassifier",
     "VideoMAE",
     "VideoMAEConfig",
     "frame_mask",
@@ -22,6 +25,7 @@ __all__ = [
 
 _HOME = {
     **dict.fromkeys(("load", "save"), "interop.export"),
+    **dict.fromkeys(("ClassifierConfig", "VideoClassifier"), "models.heads"),
     **dict.fromkeys(("VideoMAE", "VideoMAEConfig"), "models.mae"),
     **dict.fromkeys(("frame_mask", "random_mask", "tube_mask"), "models.masking"),
     "SIZES": "models.vit",

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 _USAGE = """usage: python -m videomae_jax COMMAND [--flag=value ...]
 
   train        --config=configs/small.py --workdir=DIR     train any task; resumes by itself
+  evaluate     --config=... --workdir=DIR                  multi-view test of a finetuned classifier
   reconstruct  VIDEO --checkpoint=PATH --out=FILE          picture of a masked clip (.gif, .mp4, .png)
   prepare      SRC DST                                     videos to shards that are fast to read; --check
 
@@ -32,6 +33,19 @@ def _train_flags(values: flags.FlagValues) -> None:
         "config", None, "Settings: FILE.py or FILE.py:name=value,...", flag_values=values
     )
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+
+
+def _evaluate(values: Any, _arguments: list[str], _started: float) -> None:
+    _compile_cache()
+    from videomae_jax.training import evaluate
+
+    evaluate.run(values.config, pathlib.Path(values.workdir), values.checkpoint)
+
+
+def _evaluate_flags(values: flags.FlagValues) -> None:
+    _train_flags(values)
+    help_text = "Export, checkpoint or work folder; default WORKDIR/best."
+    flags.DEFINE_string("checkpoint", "", help_text, flag_values=values)
 
 
 def _reconstruct(values: Any, arguments: list[str], _started: float) -> None:
@@ -91,6 +105,7 @@ def _prepare_flags(values: flags.FlagValues) -> None:
 # command: (define its flags, names of its arguments, flags it cannot do without, run it)
 _COMMANDS: dict[str, tuple[Callable, Sequence[str], Sequence[str], Callable]] = {
     "train": (_train_flags, (), ("config", "workdir"), _train),
+    "evaluate": (_evaluate_flags, (), ("config", "workdir"), _evaluate),
     "prepare": (_prepare_flags, ("SRC", "DST"), (), _prepare),
     "reconstruct": (_reconstruct_flags, ("VIDEO",), ("checkpoint", "out"), _reconstruct),
 }
@@ -113,8 +128,9 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from videomae_jax.data.prepare import PrepareError
     from videomae_jax.data.sources import SourceError
     from videomae_jax.interop.export import ExportError
+    from videomae_jax.interop.transfer import TransferError
 
-    return UserError, DecodeError, PrepareError, SourceError, ExportError
+    return UserError, DecodeError, PrepareError, SourceError, ExportError, TransferError
 
 
 def main(started: float) -> int:

@@ -13,6 +13,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+TASKS = ("pretrain", "finetune", "probe")
+
+
 class UserError(Exception):
     """Something only the user can put right: shown as one line, exit status 2."""
 
@@ -20,8 +23,9 @@ class UserError(Exception):
 def defaults() -> Config:
     """Every setting there is, locked: editing a key that does not exist raises."""
     c: Config = ml_collections.ConfigDict()
-    c.task = "pretrain"
+    c.task = "pretrain"  # pretrain | finetune | probe
     c.seed = 0  # of initialisation, data order, augmentation, masks
+    c.init_from = ""  # export, checkpoint or work folder whose backbone training starts from; "": none
 
     c.model = ml_collections.ConfigDict()
     c.model.tubelet = (2, 16, 16)  # voxels (t, p, p)
@@ -37,6 +41,12 @@ def defaults() -> Config:
     c.model.unroll = 1  # blocks per loop iteration; the depth: fastest step, slowest compile
     c.model.remat = False  # recompute activations in the backward pass: less memory, more time
 
+    c.head = ml_collections.ConfigDict()
+    c.head.kind = "softmax"  # softmax (one class a video) | multilabel | regression
+    c.head.pooling = "mean"  # of tokens: mean | first
+    c.head.dropout = 0.0
+    c.head.scale = 0.001  # factor of its initial weights
+
     c.mask = ml_collections.ConfigDict()
     c.mask.kind = "tube"  # tube | random | frame
     c.mask.ratio = 0.9  # share of places hidden
@@ -44,22 +54,35 @@ def defaults() -> Config:
     c.loss = ml_collections.ConfigDict()
     c.loss.kind = "mse"  # mse | l1 | smooth_l1
     c.loss.normalize_target = True  # per tubelet and channel; False: pixels in 0..1
+    c.loss.smoothing = 0.1  # of the labels' distributions
+    c.loss.class_weights = "none"  # none | balanced (inverse to the classes' numbers of videos)
 
     c.data = ml_collections.ConfigDict()
     c.data.path = ""  # folder of videos, CSV list, prepared data, or moving_shapes
     c.data.frames = 16  # per clip
-    c.data.stride = 4  # frames of the file from one frame of the clip to the next
+    c.data.stride = 4  # frames of the file from one frame of the clip to the next; 0: one of each equal part
     c.data.size = (224, 224)  # clip height and width, pixels
     c.data.batch_size = 256  # clips per step, over all hosts
-    c.data.held_out = 16  # videos kept for the pictures, at most a tenth; unless there is a validation folder
+    c.data.held_out = 16  # videos kept for validation, at most a tenth; unless there is a part for it
+    c.data.max_videos_per_class = 0  # of the training videos, the first by name; 0: all
     c.data.max_bad_fraction = 0.001  # of the set's videos that may fail to decode before the run stops
     c.data.clips_per_video = 1  # crops, with masks of their own, of the same decoded frames
     c.data.workers = -1  # loader processes per host; 0: threads only; -1: by the usable cores
     c.data.threads = -1  # loader threads per process; -1: by the usable cores
     c.data.generate = dict(size=64, frames=32, videos=2048, seed=0)  # of moving_shapes
 
+    c.augment = ml_collections.ConfigDict()
+    c.augment.policy = "rand-m7-n4-mstd0.5-inc1"  # of RandAugment; "": none
+    c.augment.flip = True  # mirror half of the clips; not where left and right matter
+    c.augment.area = (0.08, 1.0)  # share of a frame that a crop takes
+    c.augment.erasing = 0.25  # probability that a box of a clip becomes noise
+    c.augment.mixup = 0.8  # parameter of the Beta distribution; 0: none
+    c.augment.cutmix = 1.0  # likewise
+    c.augment.mix_probability = 1.0  # that a batch is mixed
+    c.augment.mix_switch = 0.5  # probability of CutMix where both are on
+
     c.optim = ml_collections.ConfigDict()
-    c.optim.unit = "epochs"  # of duration, warmup, checkpoint.every and keep_every: epochs | steps
+    c.optim.unit = "epochs"  # of duration, warmup and every other `every`: epochs | steps
     c.optim.duration = 800
     c.optim.warmup = 40
     c.optim.lr = 1.5e-4  # per 256 videos: the rate used is lr * (videos in a step) / 256, as published
@@ -69,6 +92,11 @@ def defaults() -> Config:
     c.optim.weight_decay = 0.05
     c.optim.clip_norm = 0.0  # limit on the global gradient norm; 0: none
     c.optim.max_skipped = 20  # steps in a row without a usable gradient before the run stops
+    c.optim.accumulate = 1  # microbatches that a batch is cut into: less memory, the same update
+    c.optim.layer_decay = 1.0  # factor of the learning rate from a layer to the one below
+    c.optim.freeze_blocks = 0  # the embedding and this many blocks stay as they are; 0: nothing
+    c.optim.ema = 0.0  # decay of the average of the weights, which is then what counts; 0: none
+    c.optim.patience = 0  # evaluations without improvement before training ends early; 0: never
 
     c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1: all that are left
 
@@ -76,6 +104,27 @@ def defaults() -> Config:
     c.checkpoint.every = 20  # in optim.unit
     c.checkpoint.keep_last = 2  # checkpoints
     c.checkpoint.keep_every = 0  # in optim.unit: these are kept for ever; 0: none
+
+    c.evaluate = ml_collections.ConfigDict()
+    c.evaluate.every = 0  # in optim.unit; 0: only at the end. Pretraining: k-NN on labelled videos
+    c.evaluate.split = "test"  # that the command tests: test | validation | all (of a path without parts)
+    c.evaluate.segments = 5  # test clips spread over a video
+    c.evaluate.crops = 3  # of each, spread over the frame's long side
+    c.evaluate.batch_videos = 8  # over all hosts; rounded up to the devices
+    c.evaluate.allow_failed = False  # report "N of M" instead of stopping where videos cannot be decoded
+    c.evaluate.neighbours = 20  # of k-NN
+    c.evaluate.temperature = 0.07  # of k-NN's votes
+    c.evaluate.knn_videos = 4096  # training videos that k-NN looks among while pretraining, at most
+
+    c.probe = ml_collections.ConfigDict()
+    c.probe.kind = "linear"  # knn | linear | attentive
+    c.probe.epochs = 100  # of linear and attentive
+    c.probe.lr = 0.1  # per 256 videos
+    c.probe.batch_size = 1024  # videos; at most all
+    c.probe.num_heads = 12  # of attentive
+
+    c.debug = ml_collections.ConfigDict()
+    c.debug.overfit = 0  # learn this many videos by heart, without augmentation; must reach 100 %. 0: off
 
     c.log = ml_collections.ConfigDict()
     c.log.steps = 10  # steps from one logged step to the next
@@ -87,6 +136,7 @@ def defaults() -> Config:
 # What may differ when a work folder is resumed: nothing that a result depends on.
 _FREE_KEYS = re.compile(
     r"(log|checkpoint|mesh)\..*"
+    r"|init_from|evaluate\.(split|batch_videos|allow_failed)"
     r"|model\.(unroll|remat)"
     r"|data\.(path|workers|threads|max_bad_fraction)"  # the videos themselves are compared by fingerprint
     r"|optim\.max_skipped"
@@ -94,29 +144,65 @@ _FREE_KEYS = re.compile(
 
 
 _AT_LEAST = {
-    **{"data.frames": 1, "data.stride": 1, "data.batch_size": 1, "data.held_out": 0, "data.workers": -1},
-    **{
-        "data.threads": -1,
-        "data.clips_per_video": 1,
-        "mesh.fsdp": 1,
-        "mesh.tensor": 1,
-        "model.unroll": 1,
-        "checkpoint.keep_last": 1,
-    },
-    **{"log.steps": 1, "log.pictures": 1, "optim.max_skipped": 1},
+    **{"data.frames": 1, "data.stride": 0, "data.batch_size": 1, "data.held_out": 0, "data.workers": -1},
+    **{"data.threads": -1, "data.clips_per_video": 1, "data.max_videos_per_class": 0, "model.unroll": 1},
+    **{"mesh.fsdp": 1, "mesh.tensor": 1, "checkpoint.keep_last": 1, "log.steps": 1, "log.pictures": 1},
+    **{"optim.max_skipped": 1, "optim.accumulate": 1, "optim.freeze_blocks": 0, "optim.patience": 0},
+    **{"evaluate.every": 0, "evaluate.segments": 1, "evaluate.crops": 1, "evaluate.batch_videos": 1},
+    **{"evaluate.neighbours": 1, "evaluate.knn_videos": 1, "probe.epochs": 1, "probe.batch_size": 1},
+    **{"debug.overfit": 0},
 }
 
+_SPLITS = ("test", "validation", "all")
 
-def check_bounds(config: Config) -> None:
-    """Refuses counts that are too small.
+# Keys that only some tasks read; edited for another task they would say something that is not so.
+_ONLY_FOR = (
+    (r"model\.decoder\..*|mask\..*|loss\.(kind|normalize_target)|log\.(pictures|statistics)", ("pretrain",)),
+    (r"head\.(dropout|scale)|augment\..*|loss\.(smoothing|class_weights)|debug\..*", ("finetune",)),
+    (r"optim\.(layer_decay|freeze_blocks|ema|patience)", ("finetune",)),
+    (r"head\..*|data\.max_videos_per_class|evaluate\.(segments|crops)", ("finetune", "probe")),
+    (r"probe\..*", ("probe",)),
+    (r"evaluate\.(neighbours|temperature)", ("pretrain", "probe")),
+    (r"evaluate\.knn_videos", ("pretrain",)),
+    (
+        r"model\.(layer_scale|drop_path|remat)|optim\..*|checkpoint\..*|evaluate\.every",
+        ("pretrain", "finetune"),
+    ),
+    (r"data\.(batch_size|clips_per_video)", ("pretrain", "finetune")),
+)
+
+
+def resolve(config: Config) -> Config:
+    """The settings as they are run: checked, and short and plain where `debug.overfit` asks for it.
+
+    Refuses counts that are too small, and edited keys that the task does not read.
 
     Raises:
         UserError: naming the key.
     """
-    values = flatten(config)
+    if config.task not in TASKS:
+        raise UserError(f"task={config.task!r} is unknown: use {', '.join(TASKS)}")
+    values, untouched = flatten(config), flatten(defaults())
     for key, least in _AT_LEAST.items():
         if values[key] < least:
             raise UserError(f"{key}={values[key]} must be at least {least}")
+    for pattern, tasks in _ONLY_FOR:
+        for key in values:
+            if re.fullmatch(pattern, key) and config.task not in tasks and values[key] != untouched[key]:
+                raise UserError(
+                    f"{key}={values[key]} is set, but only {' and '.join(tasks)} would read it, not "
+                    f"{config.task}: leave it at {untouched[key]!r}"
+                )
+    if config.evaluate.split not in _SPLITS:
+        raise UserError(f"evaluate.split={config.evaluate.split!r} is unknown: use {', '.join(_SPLITS)}")
+    if not config.debug.overfit:
+        return config
+    short, videos = config.copy_and_resolve_references(), config.debug.overfit
+    short.data.update(batch_size=videos, clips_per_video=1)
+    short.optim.update(unit="steps", duration=300, warmup=20, accumulate=1, ema=0.0, patience=0)
+    short.optim.lr = config.optim.lr * 256 / videos  # so few clips would make the rate tiny
+    short.evaluate.every, short.checkpoint.every, short.checkpoint.keep_every = 50, 300, 0
+    return short
 
 
 def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
@@ -165,6 +251,7 @@ class Schedule:
     warmup_steps: int
     checkpoint_steps: int
     keep_steps: int
+    evaluate_steps: int
     peak_lr: float
     end_lr: float
 
@@ -214,6 +301,7 @@ def finalize(config: Config, num_videos: int) -> Schedule:
         warmup_steps=warmup,
         checkpoint_steps=max(int(every * unit), 1),
         keep_steps=int(keep_every * unit),
+        evaluate_steps=max(int(config.evaluate.every * unit), 1) if config.evaluate.every else 0,
         peak_lr=optim.lr * scale,
         end_lr=optim.min_lr * scale,
     )

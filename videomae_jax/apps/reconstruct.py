@@ -221,6 +221,10 @@ def run(
     if missing:
         raise UserError(f"{checkpoint} does not say how it was trained: give --{missing[0]}")
     model = export.load(checkpoint)
+    if not isinstance(model, VideoMAE):
+        raise UserError(
+            f"{checkpoint} holds a classifier, which reconstructs nothing: pass a pretraining model"
+        )
     frames, height, width = model.config.clip_size
     with decode.Video(video) as opened:
         first, left = 0, opened.num_frames

@@ -108,6 +108,34 @@ def interpolate(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return out
 
 
+def fit(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes uint8 [T, H, W, 3] so that `size` is just covered, as published for validation and test.
+
+    For a square that is its short side; the other becomes int(side * ratio). Bilinear, no anti-aliasing.
+    """
+    _, height, width, _ = frames.shape
+    if height * size[1] <= width * size[0]:  # the height decides
+        return interpolate(frames, (size[0], max(int(size[0] * width / height), size[1])))
+    return interpolate(frames, (max(int(size[1] * height / width), size[0]), size[1]))
+
+
+def validation_crop(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The centre of fitted frames; half pixels go to the even side, as published."""
+    frames = fit(frames, size)
+    top, left = (round((whole - part) / 2) for whole, part in zip(frames.shape[1:3], size, strict=True))
+    return frames[:, top : top + size[0], left : left + size[1]]
+
+
+def view_crop(frames: np.ndarray, size: tuple[int, int], crop: int, crops: int) -> np.ndarray:
+    """Crop number `crop` of `crops` of fitted frames, spread over their long side; one crop is the centre.
+
+    As published the offset is int(crop * step), step = (long side - short side) / (crops - 1).
+    """
+    free = (frames.shape[1] - size[0], frames.shape[2] - size[1])
+    top, left = (round(f / 2) if crops == 1 else int(crop * (f / (crops - 1))) for f in free)
+    return frames[:, top : top + size[0], left : left + size[1]]
+
+
 def _taps(given: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(lower neighbour, upper neighbour, weight of the upper) of each of `wanted` pixels."""
     centres = np.maximum((np.arange(wanted) + 0.5) * (given / wanted) - 0.5, 0)

@@ -17,8 +17,8 @@ from videomae_jax.data import augment, decode, processes, randaugment, reading, 
 from videomae_jax.data.reading import AnyVideo
 from videomae_jax.data.sources import Record, Source
 
-HOST_ONLY = ("record", "error")
-"""Fields of a batch that stay on the host: which videos, and why one could not be decoded."""
+HOST_ONLY = ("record", "error", "num_frames")
+"""Fields of a batch that stay on the host: which videos, why one could not be decoded, how long it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,7 @@ class FinetuneClip(grain.transforms.RandomMap):
         policy: of RandAugment; None leaves colours and shapes alone.
         flip: mirror half of the clips; wrong where left and right matter (Something-Something).
         erasing: probability that a box of a clip is erased (on the device; field `erase`).
+        area: smallest and largest share of a frame that a crop takes.
         clips_per_video: repeated augmentation.
     """
 
@@ -78,6 +79,7 @@ class FinetuneClip(grain.transforms.RandomMap):
     policy: randaugment.Policy | None = None
     flip: bool = True
     erasing: float = 0.25
+    area: tuple[float, float] = (0.08, 1.0)
     clips_per_video: int = 1
 
     def random_map(  # pyright: ignore[reportIncompatibleMethodOverride] (Grain's own says None)
@@ -94,14 +96,12 @@ class FinetuneClip(grain.transforms.RandomMap):
         return made | {"erase": np.array(boxes, np.int32)}
 
     def _clip(self, video: AnyVideo, rng: np.random.Generator) -> np.ndarray:
-        if self.stride:
-            wanted = sampling.dense_clip(video.num_frames, self.frames, self.stride, rng)
-        else:
-            wanted = sampling.segment_clip(video.num_frames, self.frames, rng)
-        frames = video.read(wanted)
+        frames = video.read(_clip_frames(video.num_frames, self.frames, self.stride, rng))
         if self.policy:
             frames = randaugment.apply(frames, self.policy, rng)
-        top, left, height, width = augment.random_resized_box(frames.shape[1], frames.shape[2], rng)
+        top, left, height, width = augment.random_resized_box(
+            frames.shape[1], frames.shape[2], rng, self.area
+        )
         frames = frames[:, top : top + height, left : left + width]
         frames = augment.interpolate(frames, self.size)
         return augment.flip(frames, rng) if self.flip else frames
@@ -130,6 +130,77 @@ class MiddleClip(grain.transforms.Map):
         return _element(*element, clips, (1, self.frames, *self.size, 3))
 
 
+@dataclasses.dataclass(frozen=True)
+class ValidationClip(grain.transforms.Map):
+    """Record -> the middle clip of its video as finetuning validates it: nothing random.
+
+    Attributes: as those of `FinetuneClip`.
+    """
+
+    frames: int
+    stride: int
+    size: tuple[int, int]
+    clips_per_video: int = 1
+
+    def map(  # pyright: ignore[reportIncompatibleMethodOverride] (Grain's own says None)
+        self, element: tuple[int, Record | None]
+    ) -> dict[str, Any]:
+        """(place, record, None where there is none) -> its clip, uint8 [1, T, H, W, 3], and its fields."""
+
+        def clips(video: AnyVideo) -> np.ndarray:
+            wanted = _clip_frames(video.num_frames, self.frames, self.stride, None)
+            return augment.validation_crop(video.read(wanted), self.size)[None]
+
+        return _element(*element, clips, (1, self.frames, *self.size, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class TestViews(grain.transforms.Map):
+    """Record -> all test views of its video, decoded once.
+
+    Attributes:
+        frames, stride, size: as those of `FinetuneClip`.
+        segments: clips spread over the video; `crops` of each, spread over the frame's long side.
+    """
+
+    frames: int
+    stride: int
+    size: tuple[int, int]
+    segments: int
+    crops: int
+
+    def map(  # pyright: ignore[reportIncompatibleMethodOverride] (Grain's own says None)
+        self, element: tuple[int, Record | None]
+    ) -> dict[str, Any]:
+        """(place, record or None) -> uint8 [segments * crops, T, H, W, 3], segments outermost; its fields."""
+
+        def views(video: AnyVideo) -> np.ndarray:
+            each = [self._segment(video.num_frames, i) for i in range(self.segments)]
+            wanted = np.unique(np.concatenate(each))
+            frames = augment.fit(video.read(wanted), self.size)
+            return np.stack(
+                [
+                    augment.view_crop(frames[np.searchsorted(wanted, segment)], self.size, crop, self.crops)
+                    for segment in each
+                    for crop in range(self.crops)
+                ]
+            )
+
+        return _element(*element, views, (self.segments * self.crops, self.frames, *self.size, 3))
+
+    def _segment(self, num_frames: int, segment: int) -> np.ndarray:
+        if self.stride:
+            return sampling.dense_view(num_frames, self.frames, self.stride, segment, self.segments)
+        return sampling.segment_view(num_frames, self.frames, segment, self.segments)
+
+
+def _clip_frames(num_frames: int, frames: int, stride: int, rng: np.random.Generator | None) -> np.ndarray:
+    """Frames of a finetuning clip, dense or (stride 0) one of each segment; the central ones without rng."""
+    if stride:
+        return sampling.dense_clip(num_frames, frames, stride, rng)
+    return sampling.segment_clip(num_frames, frames, rng)
+
+
 def _element(
     index: int,
     record: Record | None,
@@ -137,12 +208,13 @@ def _element(
     shape: tuple[int, ...],
 ) -> dict[str, Any]:
     """What `clips` makes of a video, and its names; zeros of weight 0 where it cannot be read or is none."""
-    error, made = "", None  # made: [R, T, H, W, 3]
+    error, made, num_frames = "", None, 0  # made: [R, T, H, W, 3]
     if record is not None:
         error = record["error"]
         try:
             if not error:
                 with reading.open_video(record["video"], record["name"]) as video:
+                    num_frames = video.num_frames
                     made = clips(video)
         except decode.DecodeError as reason:
             error = str(reason)
@@ -153,6 +225,7 @@ def _element(
         "weight": np.float32(made is not None),
         "record": np.int32(record["record"] if record else -1),
         "error": error,
+        "num_frames": np.int32(num_frames),
     }
 
 
@@ -182,7 +255,7 @@ def middle_clips(source: Source, clip: MiddleClip) -> tuple[np.ndarray, list[str
 
 def clips(
     source: Source,
-    transform: PretrainClip | FinetuneClip,
+    transform: PretrainClip | FinetuneClip | ValidationClip,
     *,
     seed: int,
     batch_size: int,
@@ -208,7 +281,9 @@ def clips(
         raise ValueError(f"batch size {batch_size} is not a multiple of {hosts} hosts{each}")
     # Not repeat(None): its length overflows once batches and slices are taken of it.
     stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat(2**32 // len(source) + 1)
-    drawn = stream.map_with_index(lambda index, record: (index, record)).random_map(transform)
+    numbered = stream.map_with_index(lambda index, record: (index, record))
+    is_random = isinstance(transform, grain.transforms.RandomMap)
+    drawn = numbered.random_map(transform) if is_random else numbered.map(transform)
     # Slicing after random_map: before it, every host would draw from the same random stream.
     return drawn[start_step * videos + host :: hosts]
 
@@ -226,27 +301,26 @@ def once(
 
 
 def iterate(
-    dataset: grain.MapDataset, host_videos: int, *, workers: int, threads: int
+    dataset: grain.MapDataset, host_videos: int, *, workers: int, threads: int, by_video: bool = False
 ) -> grain.DatasetIterator[dict[str, Any]]:
     """Batches of the clips of `host_videos` videos, made ahead of their reader: two, or two per worker.
 
     Args:
+        by_video: keep the clips (or views) of a video on an axis of their own, [videos, views, ...].
         workers: processes, each making whole batches; 0 makes clips in `threads` threads of this process.
         threads: threads in each process; libav and PIL let Python go on meanwhile.
     """
     if not workers:
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * host_videos, threads))
-        batches = dataset.to_iter_dataset(ahead).batch(host_videos).map(_merged)
+        batches = dataset.to_iter_dataset(ahead).batch(host_videos)
+        batches = batches if by_video else batches.map(_merged)
         # Joined in a thread too: the reader finds whole batches waiting.
         return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     batches = dataset.batch(host_videos).to_iter_dataset(ahead)
-    return iter(
-        batches.mp_prefetch(options, worker_init_fn=functools.partial(_start_worker, os.getpid())).map(
-            _merged
-        )
-    )
+    batches = batches.mp_prefetch(options, worker_init_fn=functools.partial(_start_worker, os.getpid()))
+    return iter(batches if by_video else batches.map(_merged))
 
 
 _PROCESS_THREADS = 4

@@ -23,7 +23,7 @@ from videomae_jax.data.sources import (
     SourceError,
     from_csv,
     from_folder,
-    split_folder,
+    split_part,
 )
 
 FORMAT = 1
@@ -149,10 +149,13 @@ def open_prepared(path: str, split: str) -> PreparedSource:
     )
 
 
-def open_source(path: str, split: str) -> Source:
-    """Videos of one split of `path`: prepared data, a CSV list, or a folder (its `split` subfolder if any).
+def open_source(path: str, split: str, head: str = "softmax") -> Source:
+    """Videos of one split of `path`: prepared data, a CSV list, or a folder (its `split` subfolder or list).
 
-    A list, or a folder without subfolders `train` and `validation`, is all "train".
+    A list, or a folder without parts for `train` and another split, is all "train".
+
+    Args:
+        head: what labels are, see `sources.from_csv`; all but "softmax" need a list.
 
     Raises:
         SourceError: there is nothing to read.
@@ -162,18 +165,20 @@ def open_source(path: str, split: str) -> Source:
         raise SourceError(f"{path} does not exist: pass a folder of videos, a CSV list, or prepared data")
     if place.suffix.lower() in SUFFIXES and place.is_file():
         raise SourceError(f"{path} is a video: pass its folder, or a list that names it")
+    if not place.is_file() and not is_prepared(path):
+        place = split_part(path, split) or place
     if place.is_file():
-        return from_csv(path)
-    if is_prepared(path):
-        return open_prepared(path, split)
-    return from_folder(split_folder(path, split) or path)
+        return from_csv(place, head)
+    if head != "softmax":
+        raise SourceError(f"{path} has at most one class for each video: {head} needs a CSV list of labels")
+    return open_prepared(path, split) if is_prepared(path) else from_folder(place)
 
 
 def has_split(path: str, split: str) -> bool:
     """Whether `path` is divided and `split` is one of its parts."""
     if is_prepared(path):
         return split in read_manifest(path)["splits"]
-    return epath.Path(path).is_dir() and split_folder(path, split) is not None
+    return epath.Path(path).is_dir() and split_part(path, split) is not None
 
 
 def damage(path: str) -> Iterator[str]:

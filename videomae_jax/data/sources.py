@@ -1,9 +1,11 @@
 """Where videos come from, local or remote (gs://): random access to records of a folder or a CSV list."""
 
 import abc
+import collections
 import csv
 import dataclasses
 import hashlib
+import operator
 import os
 import pathlib
 import re
@@ -64,12 +66,15 @@ class Source(abc.ABC):
         ids: unique; they name the videos in logs and predictions.
         labels: class of each video, -1 where unknown.
         classes: class names in label order; empty without labels.
+        targets: what to predict for each video where that is not one class: 0 or 1 for each class
+            (multilabel) or numbers (regression); `classes` then names them, and labels are -1.
     """
 
     root: str
     ids: tuple[str, ...]
     labels: tuple[int, ...]
     classes: tuple[str, ...] = ()
+    targets: tuple[tuple[float, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -83,13 +88,14 @@ class Source(abc.ABC):
         per_video = {
             field.name: tuple(getattr(self, field.name)[i] for i in indices)
             for field in dataclasses.fields(self)
-            if field.name in ("ids", "labels", "positions")
+            if field.name in ("ids", "labels", "positions", "targets") and getattr(self, field.name)
         }
         return dataclasses.replace(self, **per_video)
 
     def fingerprint(self) -> str:
         """Hash of ids and labels in order: equal means that the same stream of records is drawn."""
-        lines = (f"{video}\t{label}" for video, label in zip(self.ids, self.labels, strict=True))
+        labels = self.targets or self.labels
+        lines = (f"{video}\t{label}" for video, label in zip(self.ids, labels, strict=True))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -113,16 +119,21 @@ class VideoSource(Source):
         return {"video": path, "name": name, "label": label, "record": index, "error": ""}
 
 
-def split_folder(path: str, split: str) -> epath.Path | None:
-    """The subfolder of `path` for "train", "validation" or "test"; None where there is none.
+def split_part(path: str, split: str) -> epath.Path | None:
+    """The subfolder or list of `path` for "train", "validation" or "test"; None where there is none.
 
-    A folder is divided if it has `train` and another of these; one of them alone is a class.
+    A folder is divided if it has `train` (or train.csv, the published layout) and another of these; one of
+    them alone is a class.
     """
-    names = [name for known in _SPLITS.values() for name in known]
-    present = {name for name in names if (epath.Path(path) / name).is_dir()}
-    if "train" not in present or len(present) < 2:
-        return None
-    return next((epath.Path(path) / name for name in _SPLITS[split] if name in present), None)
+    for ending, exists in (("", operator.methodcaller("is_dir")), (".csv", operator.methodcaller("is_file"))):
+        parts: dict[str, epath.Path] = {}
+        for known, names in _SPLITS.items():
+            for part in (epath.Path(path) / f"{name}{ending}" for name in names):
+                if known not in parts and exists(part):
+                    parts[known] = part
+        if "train" in parts and len(parts) > 1:
+            return parts.get(split)
+    return None
 
 
 def videos_below(folder: epath.Path, seen: frozenset[str] = frozenset()) -> Iterator[epath.Path]:
@@ -181,7 +192,7 @@ def _read_rows(path: epath.Path) -> list[tuple[int, list[str]]]:
     return [(line, row) for line, row in parsed if any(row)]
 
 
-def from_csv(path: str | os.PathLike) -> VideoSource:
+def from_csv(path: str | os.PathLike, head: str = "softmax") -> VideoSource:
     """A list with a path and an optional label per line; relative paths start at the list's folder.
 
     Columns are separated by tabs, commas or spaces (the published lists), fields with separators are
@@ -214,7 +225,12 @@ def from_csv(path: str | os.PathLike) -> VideoSource:
             )
         ids.append(row[places[0]])
         labels.append((row[places[1]] if len(places) == 2 else "") or "-1")
-    _check_files(path, ids, [line for line, _ in rows])
+    lines = [line for line, _ in rows]
+    _check_files(path, ids, lines)
+    if head != "softmax":
+        parts = [[part.strip() for part in label.split(";") if part.strip()] for label in labels]
+        classes, targets = (_numbers if head == "regression" else _multi_hot)(path, lines, parts)
+        return VideoSource(str(path.parent), tuple(ids), (-1,) * len(ids), classes, targets)
     if all(re.fullmatch(r"-1|\d{1,6}", label, re.ASCII) for label in labels):
         numbers = tuple(int(label) for label in labels)
         classes = tuple(str(i) for i in range(max(numbers) + 1))
@@ -222,6 +238,56 @@ def from_csv(path: str | os.PathLike) -> VideoSource:
         classes = tuple(sorted(set(labels) - {"-1"}))
         numbers = tuple(-1 if label == "-1" else classes.index(label) for label in labels)
     return VideoSource(str(path.parent), tuple(ids), numbers, classes)
+
+
+_Targets = tuple[tuple[str, ...], tuple[tuple[float, ...], ...]]
+
+
+def _multi_hot(_path: epath.Path, _lines: list[int], labels: list[list[str]]) -> _Targets:
+    """(class names in order, 0 or 1 for each of them per video); -1 stands for no label."""
+    named = [set(parts) - {"-1"} for parts in labels]
+    classes = tuple(sorted(set().union(*named), key=lambda n: (int(n), n) if n.isdecimal() else (-1, n)))
+    return classes, tuple(tuple(float(name in parts) for name in classes) for parts in named)
+
+
+def _numbers(path: epath.Path, lines: list[int], labels: list[list[str]]) -> _Targets:
+    """(names of the values, the values of each video)."""
+    values = []
+    for line, parts in zip(lines, labels, strict=True):
+        try:
+            values.append(tuple(float(part) for part in parts))
+        except ValueError:
+            raise SourceError(f"{path}, line {line}: {';'.join(parts)} is no number to predict") from None
+        if len(values[-1]) != len(values[0]):
+            raise SourceError(f"{path}, line {line}: {len(parts)} numbers where {len(values[0])} were before")
+    return tuple(f"value {i}" for i in range(len(values[0]))), tuple(values)
+
+
+def relabel(source: AnySource, classes: Sequence[str], whose: str = "the training videos") -> AnySource:
+    """The same videos with labels that count in `classes`, those of `whose`.
+
+    Raises:
+        SourceError: a video of a class that is not among them.
+    """
+    if source.classes == tuple(classes):
+        return source
+    unknown = [name for name in source.classes if name not in classes]
+    used = {source.classes[label] for label in source.labels if label >= 0}
+    if source.targets:
+        used = {name for name, *column in zip(source.classes, *source.targets, strict=True) if any(column)}
+    if used & set(unknown):
+        some = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+        raise SourceError(
+            f"{source.root} has videos of the class {min(used & set(unknown))!r}, which is not among the "
+            f"{len(classes)} classes of {whose} ({some}): rename or remove it, or train with it"
+        )
+    places = {name: i for i, name in enumerate(classes)}
+    labels = tuple(places[source.classes[label]] if label >= 0 else -1 for label in source.labels)
+    targets = tuple(
+        tuple(dict(zip(source.classes, row, strict=True)).get(name, 0.0) for name in classes)
+        for row in source.targets
+    )
+    return dataclasses.replace(source, labels=labels, classes=tuple(classes), targets=targets)
 
 
 def _check_files(path: epath.Path, ids: list[str], lines: list[int]) -> None:
@@ -244,11 +310,17 @@ def _check_files(path: epath.Path, ids: list[str], lines: list[int]) -> None:
 
 
 def hold_out(source: Source, videos: int) -> tuple[Source, Source]:
-    """Divides a source into (kept, held out): `videos` of them, at most a tenth, chosen by their ids' hash.
+    """Divides a source into (kept, held out): `videos` of them, at most a tenth.
 
-    The choice does not depend on order or seed, so a video stays held out from run to run.
+    Chosen by the hash of their ids, in equal parts of each class: the choice does not depend on order or
+    seed, so a video stays held out from run to run.
     """
     count = min(videos, len(source) // 10)
     by_hash = sorted(range(len(source)), key=lambda i: hashlib.sha256(source.ids[i].encode()).digest())
-    held = sorted(by_hash[:count])
-    return source.select(sorted(by_hash[count:])), source.select(held)
+    sizes, seen = collections.Counter(source.labels), collections.Counter()
+    rank = {}  # place of each video in its class, 0..1
+    for i in by_hash:
+        rank[i] = (seen[source.labels[i]] + 0.5) / sizes[source.labels[i]]
+        seen[source.labels[i]] += 1
+    chosen = sorted(by_hash, key=rank.__getitem__)
+    return source.select(sorted(chosen[count:])), source.select(sorted(chosen[:count]))

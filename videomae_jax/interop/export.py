@@ -1,7 +1,7 @@
 """The Orbax export, one folder with a model's parameters and what is needed to use them.
 
     FOLDER/params/   the parameter tree (Orbax, float32)
-    FOLDER/meta/     JSON: format, kind, model (VideoMAEConfig), recipe (masking, target, sampling; may be {})
+    FOLDER/meta/     JSON: format, kind, model (its config), recipe (masking, target, sampling; may be {})
 
 A training checkpoint has the same two items beside its optimizer, so it can be loaded as it is.
 """
@@ -16,21 +16,29 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
 
+Model = VideoMAE | VideoClassifier
+ModelConfig = VideoMAEConfig | ClassifierConfig
+
 FORMAT = 1
+_KINDS: dict[str, tuple[type[Model], type[ModelConfig]]] = {
+    "VideoMAE": (VideoMAE, VideoMAEConfig),
+    "VideoClassifier": (VideoClassifier, ClassifierConfig),
+}
 
 
 class ExportError(ValueError):
     """A folder that is no export, or one that this version cannot read."""
 
 
-def metadata(config: VideoMAEConfig, recipe: dict[str, Any]) -> dict[str, Any]:
+def metadata(kind: type[Model], config: ModelConfig, recipe: dict[str, Any]) -> dict[str, Any]:
     """The `meta` item of an export or checkpoint."""
-    return {"format": FORMAT, "kind": "VideoMAE", "model": config.to_dict(), "recipe": recipe}
+    return {"format": FORMAT, "kind": kind.__name__, "model": config.to_dict(), "recipe": recipe}
 
 
-def save(model: VideoMAE, path: str | os.PathLike, recipe: dict[str, Any] | None = None) -> None:
+def save(model: Model, path: str | os.PathLike, recipe: dict[str, Any] | None = None) -> None:
     """Writes `model` as an Orbax export; the folder appears only when it is whole.
 
     Args:
@@ -44,12 +52,17 @@ def save(model: VideoMAE, path: str | os.PathLike, recipe: dict[str, Any] | None
     if folder.exists():
         raise ExportError(f"{folder} exists: choose another path or remove it")
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    write(folder, params, metadata(type(model), model.config, recipe or {}))
+
+
+def write(folder: pathlib.Path, params: Any, meta: dict[str, Any]) -> None:
+    """Writes an export from its parts into a new folder."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(
             folder,
             ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
-                meta=ocp.args.JsonSave(metadata(model.config, recipe or {})),
+                meta=ocp.args.JsonSave(meta),
             ),
         )
 
@@ -57,7 +70,7 @@ def save(model: VideoMAE, path: str | os.PathLike, recipe: dict[str, Any] | None
 def find(path: str | os.PathLike) -> pathlib.Path:
     """The folder with `params` and `meta` that `path` means: an export, a checkpoint, or a work folder.
 
-    A work folder means its newest checkpoint.
+    A work folder means its newest checkpoint; WORKDIR/best is an export.
 
     Raises:
         ExportError: it is none of these.
@@ -82,15 +95,21 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     """
     folder = find(path)
     meta = json.loads((folder / "meta" / "metadata").read_text())
-    if meta.get("format") != FORMAT or meta.get("kind") != "VideoMAE":
+    if meta.get("format") != FORMAT or meta.get("kind") not in _KINDS:
         raise ExportError(
             f"{folder} has format {meta.get('format')} and kind {meta.get('kind')}; this version reads "
-            f"format {FORMAT}, kind VideoMAE: install the version that wrote it"
+            f"format {FORMAT}, kind {' or '.join(_KINDS)}: install the version that wrote it"
         )
     return meta
 
 
-def load(path: str | os.PathLike) -> VideoMAE:
+def read_config(path: str | os.PathLike) -> ModelConfig:
+    """The config of the model in an export, checkpoint or work folder. Raises as `read_metadata`."""
+    meta = read_metadata(path)
+    return _KINDS[meta["kind"]][1].from_dict(meta["model"])
+
+
+def load(path: str | os.PathLike) -> Model:
     """Reads a model from an Orbax export, a checkpoint, or the newest checkpoint of a work folder.
 
     It computes in the dtype that it was trained with; on a CPU in float32.
@@ -98,11 +117,12 @@ def load(path: str | os.PathLike) -> VideoMAE:
     Raises:
         ExportError: see `read_metadata`.
     """
-    config = VideoMAEConfig.from_dict(read_metadata(path)["model"])
+    config = read_config(path)
+    kind: Any = _KINDS[read_metadata(path)["kind"]][0]
     if jax.default_backend() == "cpu":  # where bfloat16, fit for the GPU that trained it, is slow
         compute = dataclasses.replace(config.compute, dtype="float32")
         config = dataclasses.replace(config, compute=compute)
-    abstract = nnx.eval_shape(lambda: VideoMAE(config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.tree.map(

@@ -1,9 +1,7 @@
 """VideoMAE: an encoder on visible tubelets, a light decoder that predicts the pixels of hidden ones."""
 
 import dataclasses
-import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,85 +13,19 @@ from videomae_jax.models import masking, tubelets, vit
 from videomae_jax.models.tubelets import Grid
 
 
-@dataclasses.dataclass(frozen=True)
-class VideoMAEConfig:
-    """Everything that fixes a VideoMAE's shapes and arithmetic.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoMAEConfig(vit.BackboneConfig):
+    """Everything that fixes a VideoMAE's shapes and arithmetic: the backbone's, and the decoder's sizes."""
 
-    Attributes:
-        clip_size: (T, H, W) that the weights are made with; other sizes run too, see `position_resize`.
-        tubelet: (t, p, p) voxels; divides the clip.
-        pixel_mean, pixel_std: per channel, of pixels scaled to 0..1; their length is the channel count.
-        position_resize: table for another clip size, "recompute" (published) or "interpolate".
-        layer_scale: initial layer-scale factor; 0 leaves layer scale out, as published.
-        drop_path: largest stochastic-depth rate of encoder and of decoder.
-    """
-
-    clip_size: Grid
-    tubelet: Grid
-    pixel_mean: tuple[float, ...]
-    pixel_std: tuple[float, ...]
-    encoder: vit.Stack
     decoder: vit.Stack
-    position_resize: str = "recompute"
-    norm_epsilon: float = 1e-6
-    layer_scale: float = 0.0
-    drop_path: float = 0.0
-    compute: vit.Compute = dataclasses.field(default_factory=vit.Compute)
-
-    def __post_init__(self):
-        if len(self.tubelet) != 3 or min(self.tubelet) < 1:
-            raise ValueError(f"tubelet {self.tubelet} must be three positive sizes (t, p, p)")
-        tubelets.grid_of(self.clip_size, self.tubelet)
-        if self.position_resize not in vit.POSITION_RESIZE:
-            raise ValueError(f"unknown position_resize {self.position_resize!r}: use {vit.POSITION_RESIZE}")
-        if len(self.pixel_mean) != len(self.pixel_std):
-            raise ValueError(
-                f"pixel_mean has {len(self.pixel_mean)} channels and pixel_std {len(self.pixel_std)}"
-            )
-        for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
-            if stack.num_heads < 1 or stack.width % stack.num_heads:
-                raise ValueError(
-                    f"{name}.num_heads {stack.num_heads} does not divide its width {stack.width}"
-                )
-
-    @property
-    def channels(self) -> int:
-        return len(self.pixel_mean)
-
-    @property
-    def grid(self) -> Grid:
-        """The tubelet grid (T', H', W') of `clip_size`."""
-        return tubelets.grid_of(self.clip_size, self.tubelet)
-
-    def to_dict(self) -> dict:
-        """Plain data, as stored beside the weights."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict) -> "VideoMAEConfig":
-        """The inverse of `to_dict`, also after JSON has turned tuples into lists.
-
-        Raises:
-            TypeError: an unknown or a missing field.
-        """
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in data.items()}
-        for name, kind in (
-            ("encoder", vit.Stack),
-            ("decoder", vit.Stack),
-            ("compute", vit.Compute),
-        ):
-            fields[name] = kind(**fields[name])
-        return cls(**fields)
 
 
-class Encoder(nnx.Module):
+class Encoder(vit.Trunk):
     """Tubelet embedding, blocks and the final LayerNorm."""
 
     def __init__(self, config: VideoMAEConfig, rngs: nnx.Rngs):
-        c, dtype = config, config.compute.dtype
-        self.embed = vit.TubeletEmbed(c.tubelet, c.pixel_mean, c.pixel_std, c.encoder.width, dtype, rngs)
-        self.blocks = vit.make_blocks(c.encoder, c.norm_epsilon, c.layer_scale, dtype, rngs)
-        self.norm = vit.layer_norm(c.encoder.width, c.norm_epsilon, dtype, rngs)
+        super().__init__(config, rngs, vit.XAVIER)
+        self.norm = vit.layer_norm(config.encoder.width, config.norm_epsilon, config.compute.dtype, rngs)
 
 
 class Decoder(nnx.Module):
@@ -109,9 +41,9 @@ class Decoder(nnx.Module):
         # Published as normal(0.02) cut at +-0.02, that is at one sigma.
         token = jax.random.truncated_normal(rngs.params(), -1.0, 1.0, (width,))
         self.mask_token = nnx.Param(0.02 * token)
-        self.blocks = vit.make_blocks(c.decoder, c.norm_epsilon, c.layer_scale, dtype, rngs)
+        self.blocks = vit.make_blocks(c.decoder, c.norm_epsilon, c.layer_scale, dtype, rngs, vit.XAVIER)
         self.norm = vit.layer_norm(width, c.norm_epsilon, dtype, rngs)
-        self.head = vit.linear(width, voxels, dtype, rngs)
+        self.head = vit.linear(width, voxels, dtype, rngs, vit.XAVIER)
 
 
 class VideoMAE(nnx.Module):
@@ -123,8 +55,9 @@ class VideoMAE(nnx.Module):
 
     >>> import videomae_jax as vm
     >>> size = vm.SIZES["tiny"]
-    >>> sizes = ((8, 32, 32), (2, 8, 8), (0.5,) * 3, (0.25,) * 3, size.encoder, size.decoder)
-    >>> config = vm.VideoMAEConfig(*sizes)
+    >>> config = vm.VideoMAEConfig(
+    ...     clip_size=(8, 32, 32), tubelet=(2, 8, 8), pixel_mean=(0.5,) * 3, pixel_std=(0.25,) * 3,
+    ...     encoder=size.encoder, decoder=size.decoder)
     >>> model = vm.VideoMAE(config, rngs=nnx.Rngs(0))
     >>> mask = vm.tube_mask(jax.random.key(0), 2, config.grid, 0.75)
     >>> model(jnp.zeros((2, 8, 32, 32, 3), jnp.uint8), mask).shape
@@ -142,25 +75,29 @@ class VideoMAE(nnx.Module):
         return tubelets.grid_of((t, h, w), self.config.tubelet)
 
     def _positions(self, grid: Grid, width: int) -> Float[Array, "N D"]:
-        return jnp.asarray(vit.positions(grid, self.config.grid, width, self.config.position_resize))
+        return jnp.asarray(self.config.positions(grid, width))
 
     def encode_visible(
         self,
         video: UInt8[Array, "B T H W C"],
         visible: Int[Array, "B V"],
-        key: Key[Array, ""] | None = None,
+        keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B V D"]:
         """Tokens of the visible tubelets after the final LayerNorm, in the compute dtype.
 
-        Hidden tubelets are never embedded: no bit of the result depends on them. With a `key` drop path
+        Hidden tubelets are never embedded: no bit of the result depends on them. With `keys` drop path
         is active.
         """
-        grid = self._check(video)
-        raw = tubelets.take(tubelets.patchify(video, self.config.tubelet), visible)
-        x = self.encoder.embed(raw)
-        x = x + self._positions(grid, self.config.encoder.width)[visible].astype(x.dtype)
-        compute, rate = self.config.compute, self.config.drop_path
-        return self.encoder.norm(vit.run_blocks(self.encoder.blocks, x, compute, rate, key))
+        grid, c = self._check(video), self.config
+        raw = tubelets.take(tubelets.patchify(video, c.tubelet), visible)
+        pixels = tubelets.normalize_pixels(raw, c.pixel_mean, c.pixel_std)
+        positions = self._positions(grid, c.encoder.width)[visible]
+        return self.encoder.norm(self.encoder(pixels, positions, keys))
+
+    def encode_all(self, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B N D"]:
+        """As `encode_visible` with every tubelet visible."""
+        every = jnp.arange(math.prod(self._check(video)), dtype=jnp.int32)
+        return self.encode_visible(video, jnp.broadcast_to(every, (video.shape[0], len(every))))
 
     def decode(
         self,
@@ -168,7 +105,7 @@ class VideoMAE(nnx.Module):
         visible: Int[Array, "B V"],
         hidden: Int[Array, "B M"],
         grid: Grid,
-        key: Key[Array, ""] | None = None,
+        keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B M P"]:
         """Predicts the hidden tubelets from encoded visible ones; float32, in the order of `hidden`."""
         x = tokens @ self.decoder.project[...].astype(tokens.dtype)
@@ -177,7 +114,7 @@ class VideoMAE(nnx.Module):
         # Visible first, hidden after, as published; blocks do not care about the order of tokens.
         x = jnp.concatenate([x + table[visible], masks], axis=1)
         compute, rate = self.config.compute, self.config.drop_path
-        x = vit.run_blocks(self.decoder.blocks, x, compute, rate, key)
+        x = vit.run_blocks(self.decoder.blocks, x, compute, rate, keys)
         x = self.decoder.norm(x[:, visible.shape[1] :])
         return self.decoder.head(x).astype(jnp.float32)
 
@@ -186,12 +123,12 @@ class VideoMAE(nnx.Module):
         video: UInt8[Array, "B T H W C"],
         visible: Int[Array, "B V"],
         hidden: Int[Array, "B M"],
-        key: Key[Array, ""] | None = None,
+        keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B M P"]:
         """As `__call__`, with index arrays instead of a mask; for use inside `jax.jit`."""
-        encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
-        tokens = self.encode_visible(video, visible, encoder_key)
-        return self.decode(tokens, visible, hidden, self._check(video), decoder_key)
+        encoder_keys, decoder_keys = (None, None) if keys is None else jax.vmap(jax.random.split, 0, 1)(keys)
+        tokens = self.encode_visible(video, visible, encoder_keys)
+        return self.decode(tokens, visible, hidden, self._check(video), decoder_keys)
 
     def clip_losses(
         self,
@@ -200,10 +137,10 @@ class VideoMAE(nnx.Module):
         hidden: Int[Array, "B M"],
         normalize_target: bool,
         kind: str,
-        key: Key[Array, ""] | None = None,
+        keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B"]:
         """Reconstruction loss of each clip, float32; the batch loss is its (weighted) mean."""
-        prediction = self.predict(video, visible, hidden, key)
+        prediction = self.predict(video, visible, hidden, keys)
         raw = tubelets.take(tubelets.patchify(video, self.config.tubelet), hidden)
         target = tubelets.reconstruction_target(raw, self.config.channels, normalize_target)
         return tubelets.reconstruction_error(prediction, jax.lax.stop_gradient(target), kind)
@@ -231,7 +168,7 @@ class VideoMAE(nnx.Module):
                 another shape or with unequal counts.
         """
         visible, hidden = self._indices(video, mask)
-        return _jitted("predict")(*nnx.split(self), video, visible, hidden)
+        return vit.jitted("predict")(*nnx.split(self), video, visible, hidden)
 
     def encode(
         self, video: UInt8[Array, "B T H W C"], mask: Bool[Array, "B N"] | None = None
@@ -241,11 +178,10 @@ class VideoMAE(nnx.Module):
         Without a mask every tubelet is visible. Raises as `__call__`.
         """
         if mask is None:
-            tokens = math.prod(self._check(video))
-            visible = jnp.tile(jnp.arange(tokens, dtype=jnp.int32), (video.shape[0], 1))
-        else:
-            visible, _ = self._indices(video, mask)
-        return _jitted("encode_visible")(*nnx.split(self), video, visible).astype(jnp.float32)
+            self._check(video)
+            return vit.jitted("encode_all")(*nnx.split(self), video).astype(jnp.float32)
+        visible, _ = self._indices(video, mask)
+        return vit.jitted("encode_visible")(*nnx.split(self), video, visible).astype(jnp.float32)
 
     def loss(
         self,
@@ -261,7 +197,7 @@ class VideoMAE(nnx.Module):
             kind: "mse", "l1" or "smooth_l1".
         """
         visible, hidden = self._indices(video, mask)
-        losses = _jitted("clip_losses", ("normalize_target", "kind"))(
+        losses = vit.jitted("clip_losses", ("normalize_target", "kind"))(
             *nnx.split(self),
             video,
             visible,
@@ -270,13 +206,3 @@ class VideoMAE(nnx.Module):
             kind=kind,
         )
         return losses.mean()
-
-
-@functools.lru_cache
-def _jitted(method: str, static: tuple[str, ...] = ()):
-    """The method as a compiled function of (graphdef, params, arrays...), shared by all models."""
-
-    def call(graphdef, params, *arrays, **settings):
-        return getattr(nnx.merge(graphdef, params), method)(*arrays, **settings)
-
-    return jax.jit(call, static_argnums=0, static_argnames=static)

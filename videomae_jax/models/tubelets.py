@@ -68,9 +68,9 @@ def take(tokens: Num[Array, "B N P"], indices: Num[Array, "B K"]) -> Num[Array, 
 
 
 def normalize_pixels(
-    pixels: Num[Array, "B K P"], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Float[Array, "B K P"]:
-    """Raw 0..255 voxels, channel fastest, to `(x / 255 - mean) / std` in float32."""
+    pixels: Num[Array, "*S P"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "*S P"]:
+    """Raw 0..255 voxels (of tubelets or clips), channel fastest, to `(x / 255 - mean) / std` in float32."""
     voxels = pixels.shape[-1] // len(mean)
     x = pixels.astype(jnp.float32) / 255
     return (x - jnp.tile(jnp.array(mean), voxels)) / jnp.tile(jnp.array(std), voxels)

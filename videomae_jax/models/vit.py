@@ -1,18 +1,20 @@
 """The plain video ViT: size table, tubelet embedding, fixed position table, pre-norm blocks, scanned stack.
 
 Blocks are stacked on a leading depth axis and run by `lax.scan`, so compile time does not grow with depth.
-Modules own parameters only; randomness arrives as a key (None: evaluation).
+Modules own parameters only; randomness arrives as one key per example (None: evaluation).
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key, Num
+from jaxtyping import Array, Float, Key
 
 from videomae_jax.models import tubelets
 from videomae_jax.models.tubelets import Grid
@@ -69,6 +71,84 @@ class Compute:
 POSITION_RESIZE = ("recompute", "interpolate")
 
 
+AnyConfig = TypeVar("AnyConfig", bound="BackboneConfig")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """What fixes an encoder's shapes and arithmetic; each model adds its own fields.
+
+    Attributes:
+        clip_size: (T, H, W) that the model is used with; other sizes run too, see `position_resize`.
+        tubelet: (t, p, p) voxels; divides the clip.
+        pixel_mean, pixel_std: per channel, of pixels scaled to 0..1; their length is the channel count.
+        position_grid: tubelet grid that the weights were first made with; None: that of `clip_size`.
+        position_resize: table for another grid, "recompute" (published) or "interpolate".
+        layer_scale: initial layer-scale factor; 0 leaves layer scale out, as published.
+        drop_path: largest stochastic-depth rate of every stack of blocks.
+    """
+
+    clip_size: Grid
+    tubelet: Grid
+    pixel_mean: tuple[float, ...]
+    pixel_std: tuple[float, ...]
+    encoder: Stack
+    position_grid: Grid | None = None
+    position_resize: str = "recompute"
+    norm_epsilon: float = 1e-6
+    layer_scale: float = 0.0
+    drop_path: float = 0.0
+    compute: Compute = dataclasses.field(default_factory=Compute)
+
+    def __post_init__(self):
+        if len(self.tubelet) != 3 or min(self.tubelet) < 1:
+            raise ValueError(f"tubelet {self.tubelet} must be three positive sizes (t, p, p)")
+        tubelets.grid_of(self.clip_size, self.tubelet)
+        if self.position_resize not in POSITION_RESIZE:
+            raise ValueError(f"unknown position_resize {self.position_resize!r}: use {POSITION_RESIZE}")
+        if len(self.pixel_mean) != len(self.pixel_std):
+            raise ValueError(
+                f"pixel_mean has {len(self.pixel_mean)} channels and pixel_std {len(self.pixel_std)}"
+            )
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path {self.drop_path} must be at least 0 and below 1")
+        for name, stack in vars(self).items():
+            if isinstance(stack, Stack) and (stack.num_heads < 1 or stack.width % stack.num_heads):
+                raise ValueError(
+                    f"{name}.num_heads {stack.num_heads} does not divide its width {stack.width}"
+                )
+
+    @property
+    def channels(self) -> int:
+        return len(self.pixel_mean)
+
+    @property
+    def grid(self) -> Grid:
+        """The tubelet grid (T', H', W') of `clip_size`."""
+        return tubelets.grid_of(self.clip_size, self.tubelet)
+
+    def positions(self, grid: Grid, width: int) -> np.ndarray:
+        """The position table of a clip of `grid`, float32 [N, width]; see `positions`."""
+        return positions(grid, self.position_grid or self.grid, width, self.position_resize)
+
+    def to_dict(self) -> dict:
+        """Plain data, as stored beside the weights."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[AnyConfig], data: dict) -> AnyConfig:
+        """The inverse of `to_dict`, also after JSON has turned tuples into lists.
+
+        Raises:
+            TypeError: an unknown or a missing field.
+        """
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in data.items()}
+        for name, kind in (("encoder", Stack), ("decoder", Stack), ("compute", Compute)):
+            if name in fields:
+                fields[name] = kind(**fields[name])
+        return cls(**fields)
+
+
 @functools.lru_cache
 def position_table(tokens: int, width: int) -> np.ndarray:
     """The published fixed table, float32 [tokens, width]: 1-D over the flat token index.
@@ -117,15 +197,15 @@ def positions(grid: Grid, made_grid: Grid, width: int, resize: str) -> np.ndarra
     return table.reshape(-1, width).astype(np.float32)
 
 
-def linear(inputs: int, outputs: int, dtype: str, rngs: nnx.Rngs) -> nnx.Linear:
-    """A Xavier-initialised layer: float32 parameters, matmul in `dtype`."""
-    return nnx.Linear(
-        inputs,
-        outputs,
-        dtype=jnp.dtype(dtype),
-        kernel_init=nnx.initializers.xavier_uniform(),
-        rngs=rngs,
-    )
+# How kernels begin, as published: pretraining with Xavier, finetuning with normal(0.02) cut far out.
+Initializer = Callable[..., jax.Array]
+XAVIER: Initializer = nnx.initializers.xavier_uniform()
+NORMAL: Initializer = nnx.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
+
+
+def linear(inputs: int, outputs: int, dtype: str, rngs: nnx.Rngs, kernel_init: Initializer) -> nnx.Linear:
+    """A layer with float32 parameters and its matmul in `dtype`; its bias begins at 0."""
+    return nnx.Linear(inputs, outputs, dtype=jnp.dtype(dtype), kernel_init=kernel_init, rngs=rngs)
 
 
 def layer_norm(width: int, epsilon: float, dtype: str, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -137,16 +217,15 @@ def layer_norm(width: int, epsilon: float, dtype: str, rngs: nnx.Rngs) -> nnx.La
 class Attention(nnx.Module):
     """Joint space-time self-attention with learned query and value biases and no key bias."""
 
-    def __init__(self, sizes: Stack, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, sizes: Stack, dtype: str, rngs: nnx.Rngs, kernel_init: Initializer):
         d = sizes.width
         self.num_heads = sizes.num_heads
         self.dtype = jnp.dtype(dtype)
-        bound = math.sqrt(6 / (4 * d))  # Xavier of the fused D -> 3D matrix, as published
-        kernel = jax.random.uniform(rngs.params(), (d, 3, d), jnp.float32, -bound, bound)
-        self.qkv = nnx.Param(kernel)
+        # Begun as the fused D -> 3D matrix that it is, as published.
+        self.qkv = nnx.Param(kernel_init(rngs.params(), (d, 3 * d), jnp.float32).reshape(d, 3, d))
         self.q_bias = nnx.Param(jnp.zeros(d))
         self.v_bias = nnx.Param(jnp.zeros(d))
-        self.out = linear(d, d, dtype, rngs)
+        self.out = linear(d, d, dtype, rngs, kernel_init)
 
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         b, n, d = x.shape
@@ -160,8 +239,8 @@ class Attention(nnx.Module):
 
 
 def attend(
-    q: Float[Array, "B A N E"], k: Float[Array, "B A N E"], v: Float[Array, "B A N E"]
-) -> Float[Array, "B A N E"]:
+    q: Float[Array, "B A Q E"], k: Float[Array, "B A N E"], v: Float[Array, "B A N E"]
+) -> Float[Array, "B A Q E"]:
     """Softmax attention of each head over all tokens; the softmax in float32.
 
     Written out because `jax.nn.dot_product_attention` needs 1.3 to 2 times as long on a CPU.
@@ -173,31 +252,43 @@ def attend(
 class Block(nnx.Module):
     """Pre-norm residual block: attention, then a GELU MLP, each with optional layer scale and drop path."""
 
-    def __init__(self, sizes: Stack, epsilon: float, layer_scale: float, dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        sizes: Stack,
+        epsilon: float,
+        layer_scale: float,
+        dtype: str,
+        rngs: nnx.Rngs,
+        kernel_init: Initializer,
+    ):
         d = sizes.width
         self.norm1 = layer_norm(d, epsilon, dtype, rngs)
-        self.attention = Attention(sizes, dtype, rngs)
+        self.attention = Attention(sizes, dtype, rngs, kernel_init)
         self.norm2 = layer_norm(d, epsilon, dtype, rngs)
-        self.fc1 = linear(d, sizes.mlp_dim, dtype, rngs)
-        self.fc2 = linear(sizes.mlp_dim, d, dtype, rngs)
+        self.fc1 = linear(d, sizes.mlp_dim, dtype, rngs, kernel_init)
+        self.fc2 = linear(sizes.mlp_dim, d, dtype, rngs, kernel_init)
         self.has_layer_scale = layer_scale > 0
         if self.has_layer_scale:
             self.gamma1 = nnx.Param(jnp.full(d, layer_scale))
             self.gamma2 = nnx.Param(jnp.full(d, layer_scale))
 
     def __call__(
-        self, x: Float[Array, "B N D"], drop_rate: Float[Array, ""], key: Key[Array, ""] | None
+        self, x: Float[Array, "B N D"], branch_scales: Float[Array, "2 B"] | None
     ) -> Float[Array, "B N D"]:
-        attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+        """`branch_scales` multiply the two branches of each example (see `drop_path_scales`)."""
         y = self.attention(self.norm1(x))
         if self.has_layer_scale:
             y = y * self.gamma1[...].astype(y.dtype)
-        x = x + drop_path(y, drop_rate, attention_key)
+        if branch_scales is not None:
+            y = y * branch_scales[0, :, None, None].astype(y.dtype)
+        x = x + y
         y = self.norm2(x).reshape(-1, x.shape[-1])
         y = self.fc2(gelu(self.fc1(y))).reshape(x.shape)
         if self.has_layer_scale:
             y = y * self.gamma2[...].astype(y.dtype)
-        return x + drop_path(y, drop_rate, mlp_key)
+        if branch_scales is not None:
+            y = y * branch_scales[1, :, None, None].astype(y.dtype)
+        return x + y
 
 
 def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
@@ -208,25 +299,29 @@ def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
     return 0.5 * x * (1 + jax.lax.erf(x * (0.5**0.5)))
 
 
-def drop_path(
-    x: Float[Array, "B N D"], rate: Float[Array, ""], key: Key[Array, ""] | None
-) -> Float[Array, "B N D"]:
-    """Stochastic depth: zeroes the branch of an example with probability `rate`, else scales by 1/(1-rate).
+def drop_path_scales(
+    keys: Key[Array, " B"] | None, largest_rate: float, depth: int
+) -> Float[Array, "L 2 B"] | None:
+    """Stochastic depth as factors of each layer's branches: 0 with the layer's rate, else 1 / (1 - rate).
 
-    Without a key (evaluation) it is the identity.
+    Layer i of L has the rate `largest_rate * i / (L - 1)`. An example's draws depend on its own key only.
+    Without keys (evaluation) or rate there are no factors.
     """
-    if key is None:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
-    return x * (keep / (1 - rate)).astype(x.dtype)
+    if keys is None or largest_rate == 0:
+        return None
+    rates = jnp.linspace(0.0, largest_rate, depth)[:, None, None]
+    draw = jax.vmap(lambda key: jax.random.uniform(key, (depth, 2)), out_axes=-1)
+    return (draw(keys) >= rates) / (1 - rates)
 
 
-def make_blocks(sizes: Stack, epsilon: float, layer_scale: float, dtype: str, rngs: nnx.Rngs) -> Block:
+def make_blocks(
+    sizes: Stack, epsilon: float, layer_scale: float, dtype: str, rngs: nnx.Rngs, kernel_init: Initializer
+) -> Block:
     """A `Block` whose every parameter has a leading depth axis; each layer has its own random draw."""
 
     @nnx.vmap
     def make(key: Key[Array, ""]) -> Block:
-        return Block(sizes, epsilon, layer_scale, dtype, nnx.Rngs(params=key))
+        return Block(sizes, epsilon, layer_scale, dtype, nnx.Rngs(params=key), kernel_init)
 
     return make(jax.random.split(rngs.params(), sizes.depth))
 
@@ -236,43 +331,79 @@ def run_blocks(
     x: Float[Array, "B N D"],
     compute: Compute,
     drop_path_rate: float,
-    key: Key[Array, ""] | None,
+    keys: Key[Array, " B"] | None,
+    frozen: int = 0,
 ) -> Float[Array, "B N D"]:
-    """Applies stacked blocks in order; block i of L drops its branches with rate * i / (L - 1)."""
+    """Applies stacked blocks in order, with drop path (see `drop_path_scales`) where there are keys.
+
+    Args:
+        frozen: no gradient is computed for this many blocks from the first, nor for what is below them.
+    """
     graphdef, params = nnx.split(blocks)
     depth = blocks.fc1.kernel.shape[0]
-    rates = jnp.linspace(0.0, drop_path_rate, depth)
-    keys = None if key is None or drop_path_rate == 0 else jax.random.split(key, depth)
+    layers = (params, drop_path_scales(keys, drop_path_rate, depth))
 
     def layer(x, xs):
-        block_params, rate, block_key = xs
-        return nnx.merge(graphdef, block_params)(x, rate, block_key), None
+        block_params, scales = xs
+        return nnx.merge(graphdef, block_params)(x, scales), None
 
     if compute.remat:
         layer = jax.checkpoint(layer, prevent_cse=False)
-    return jax.lax.scan(layer, x, (params, rates, keys), unroll=min(compute.unroll, depth))[0]
+    if frozen:
+        lower, layers = (
+            jax.tree.map(lambda a, s=s: a[s], layers) for s in (slice(frozen), slice(frozen, None))
+        )
+        x = jax.lax.scan(layer, x, lower, unroll=min(compute.unroll, frozen))[0]
+        x = jax.lax.stop_gradient(x)
+    if frozen == depth:
+        return x
+    return jax.lax.scan(layer, x, layers, unroll=min(compute.unroll, depth - frozen))[0]
 
 
 class TubeletEmbed(nnx.Module):
-    """Normalises raw tubelets and projects them to tokens; a 3-D convolution written as one matmul."""
+    """Projects normalised tubelets to tokens: a 3-D convolution written as one matmul."""
 
-    def __init__(
-        self,
-        tubelet: Grid,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        width: int,
-        dtype: str,
-        rngs: nnx.Rngs,
-    ):
-        self.mean, self.std, self.dtype = mean, std, jnp.dtype(dtype)
-        voxels = math.prod(tubelet) * len(mean)
+    def __init__(self, voxels: int, width: int, dtype: str, rngs: nnx.Rngs):
+        self.dtype = jnp.dtype(dtype)
         # The published convolution keeps its framework's default: U(+-1/sqrt(fan_in)), bias too.
         bound = 1 / math.sqrt(voxels)
         draw = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
         self.kernel = nnx.Param(draw(rngs.params(), (voxels, width)))
         self.bias = nnx.Param(draw(rngs.params(), (width,)))
 
-    def __call__(self, raw: Num[Array, "B K P"]) -> Float[Array, "B K D"]:
-        x = tubelets.normalize_pixels(raw, self.mean, self.std).astype(self.dtype)
-        return x @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
+    def __call__(self, pixels: Float[Array, "B K P"]) -> Float[Array, "B K D"]:
+        return pixels.astype(self.dtype) @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(
+            self.dtype
+        )
+
+
+class Trunk(nnx.Module):
+    """Tubelet embedding and blocks: what every model of a size shares, whatever it is trained for."""
+
+    def __init__(self, config: BackboneConfig, rngs: nnx.Rngs, kernel_init: Initializer):
+        c, dtype = config, config.compute.dtype
+        self.config = config
+        self.embed = TubeletEmbed(math.prod(c.tubelet) * c.channels, c.encoder.width, dtype, rngs)
+        self.blocks = make_blocks(c.encoder, c.norm_epsilon, c.layer_scale, dtype, rngs, kernel_init)
+
+    def __call__(
+        self,
+        pixels: Float[Array, "B K P"],
+        positions: Float[Array, "#B K D"],
+        keys: Key[Array, " B"] | None = None,
+        frozen: int = 0,
+    ) -> Float[Array, "B K D"]:
+        """Tokens of normalised tubelets at their positions, before any final norm; see `run_blocks`."""
+        x = self.embed(pixels)
+        x = x + positions.astype(x.dtype)
+        return run_blocks(self.blocks, x, self.config.compute, self.config.drop_path, keys, frozen)
+
+
+@functools.lru_cache
+def jitted(method: str, static: tuple[str, ...] = ()):
+    """The method of a model as a compiled function of (graphdef, params, arrays...), shared by all models."""
+
+    def call(graphdef, params, *arrays, **settings):
+        return getattr(nnx.merge(graphdef, params), method)(*arrays, **settings)
+
+    return jax.jit(call, static_argnums=0, static_argnames=static)

@@ -1,6 +1,10 @@
-"""Checkpoints of a run: saved in the background, whole or not at all, restored where the mesh wants them."""
+"""Checkpoints of a run: saved in the background, whole or not at all, restored where the mesh wants them.
+
+Beside them the best weights so far, an export.
+"""
 
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -8,11 +12,12 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from videomae_jax.config import UserError
+from videomae_jax.interop import export
 from videomae_jax.training.step import TrainState
 
 
 class Checkpoints:
-    """WORKDIR/checkpoints/STEP with the items `params`, `optimizer` (and step), and `meta` (JSON).
+    """WORKDIR/checkpoints/STEP: the items `params`, `optimizer` (step and average too), `meta` (JSON).
 
     Use it as a context manager.
 
@@ -51,7 +56,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
-                    optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+                    optimizer=ocp.args.StandardSave(_beside_params(state)),
                     meta=ocp.args.JsonSave(meta),
                 ),
             )
@@ -87,13 +92,11 @@ class Checkpoints:
             self.latest_step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(shapes.params),
-                optimizer=ocp.args.StandardRestore({"step": shapes.step, "opt_state": shapes.opt_state}),
+                optimizer=ocp.args.StandardRestore(_beside_params(shapes)),
                 meta=ocp.args.JsonRestore(),
             ),
         )
-        optimizer = restored["optimizer"]
-        state = TrainState(optimizer["step"], restored["params"], optimizer["opt_state"])
-        return state, restored["meta"]
+        return TrainState(params=restored["params"], **restored["optimizer"]), restored["meta"]
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -101,3 +104,37 @@ class Checkpoints:
     def __exit__(self, *_exception: object) -> None:
         """Waits for a save in progress and releases the manager's threads."""
         self._manager.close()
+
+
+class Best:
+    """WORKDIR/best: an export of the weights whose validation was the best so far.
+
+    Attributes:
+        found: {"step", "NAME"} of the best validation; None before the first. Checkpoints store it, so what
+            a killed run found after its last checkpoint is found again, and written again.
+    """
+
+    def __init__(self, workdir: pathlib.Path, metric: str):
+        self.folder, self.metric = workdir.absolute() / "best", metric
+        self.found: dict[str, Any] | None = None
+
+    def restore(self, found: dict[str, Any] | None) -> None:
+        """Goes on from what a checkpoint stored."""
+        self.found = found
+
+    def look(self, step: int, validated: dict[str, float], params: Any, meta: dict[str, Any]) -> None:
+        """Keeps `params` if validation after `step` is better than ever; the first of equals stays."""
+        value = validated[f"validation_{self.metric}"]
+        if self.found and not value > self.found[self.metric]:
+            return
+        self.found = {"step": step, self.metric: value}
+        partial = self.folder.with_name("best.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        export.write(partial, params, meta | {"validation": {"step": step, **validated}})
+        shutil.rmtree(self.folder, ignore_errors=True)
+        partial.rename(self.folder)
+
+
+def _beside_params(state: TrainState) -> dict[str, Any]:
+    fields = state._asdict()
+    return {name: fields[name] for name in ("step", "opt_state", "ema") if fields[name] is not None}

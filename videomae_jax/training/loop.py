@@ -1,30 +1,24 @@
 """One loop for every task: set up, restore, step; look at the numbers one step late."""
 
-import collections
-import dataclasses
 import json
 import pathlib
 import signal
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import grain
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from videomae_jax import config as settings
 from videomae_jax import sharding
 from videomae_jax.config import Config, UserError
-from videomae_jax.data import pipeline, processes
+from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
-from videomae_jax.training import checkpoint, optim, report, step, tasks
-
-_AHEAD = 2  # batches on the device beyond the one in use
-
-
-class TrainingError(Exception):
-    """Training cannot go on, and not because of a setting; exit status 1."""
+from videomae_jax.interop import transfer
+from videomae_jax.training import checkpoint, feed, finetune, optim, probe, report, splits, step, tasks
+from videomae_jax.training.feed import TrainingError
 
 
 def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]:
@@ -41,30 +35,30 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
         TrainingError: too many steps in a row without a usable gradient.
     """
     phases = _Phases(started)
-    settings.check_bounds(config)
+    config = settings.resolve(config)
+    if config.task == "probe":
+        return probe.run(config, workdir, started)
     with _Interrupt() as interrupt:
-        try:
-            mesh = sharding.make_mesh(**config.mesh)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        mesh = tasks.make_mesh(config)
         _check_batch(config, mesh)
-        task = tasks.make_task(config)
+        weights = str(workdir) if any(workdir.glob("checkpoints/[0-9]*/meta")) else config.init_from
+        tasks.make_task(config, weights=weights)  # before any video is looked for or generated
         phases.end("set-up")
-        train_source, held_out = tasks.open_data(config)
-        schedule = settings.finalize(config, len(train_source))
-        _claim(workdir, config, train_source)
+        videos = splits.open_splits(config)
+        schedule = settings.finalize(config, len(videos.train))
+        _claim(workdir, config, videos.train)
         phases.end("data")
-        _announce(config, task, train_source, schedule, mesh)
-        state, last = _train(config, workdir, task, train_source, schedule, mesh, interrupt, phases)
-        interrupted = interrupt.is_set and int(state.step) < schedule.total_steps
-        # Nothing left to do but the pictures: speed and seconds stay those of the run itself.
+        task = tasks.make_task(config, videos.train, weights)
+        _announce(config, task, videos.train, schedule, mesh)
+        state, last, is_over = _train(config, workdir, task, videos, schedule, mesh, interrupt, phases)
+        # Nothing left to do but the end: speed and seconds stay those of the run itself.
         path = workdir / "summary.json"
         is_rerun = "first step" not in phases.seconds and path.exists()
         before = json.loads(path.read_text()) if is_rerun else {}
-        summary = last | before | {"task": config.task, "interrupted": interrupted}
-        if not interrupted:
-            summary |= task.finish(state.params, held_out, config, workdir)
-            phases.end("pictures")
+        summary = last | before | {"task": config.task, "interrupted": not is_over}
+        if is_over:
+            summary |= task.finish(state, videos, config, workdir, mesh)
+            phases.end("pictures" if config.task == "pretrain" else "test")
         summary["seconds"] = before.get("seconds", phases.seconds)
         report.write_json(path, summary)
     return summary
@@ -73,30 +67,37 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
 def _train(
     config: Config,
     workdir: pathlib.Path,
-    task: tasks.Pretrain,
-    source: Source,
+    task: tasks.Task,
+    videos: splits.Splits,
     schedule: settings.Schedule,
     mesh: jax.sharding.Mesh,
     interrupt: "_Interrupt",
     phases: "_Phases",
-) -> tuple[step.TrainState, dict[str, Any]]:
-    """Restores or initialises, then steps; returns the final state and the figures for the summary."""
-    tx = optim.adamw(
-        config.optim.betas, config.optim.epsilon, config.optim.weight_decay, config.optim.clip_norm
-    )
-    bad = BadVideos(source, config.data.max_bad_fraction)
+) -> tuple[step.TrainState, dict[str, Any], bool]:
+    """Restores or initialises, then steps; returns the state, figures, and whether training is over."""
+    source = videos.train
+    tx = make_optimizer(config)
+    bad = feed.BadVideos(source, config.data.max_bad_fraction)
     with checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, schedule.keep_steps) as checkpoints:
+        has_ema = config.optim.ema > 0
+        best = checkpoint.Best(workdir, finetune.KEY_METRIC[config.head.kind])
         if checkpoints.latest_step is None:
-            state, shardings = step.init_state(task.init, tx, mesh, config.seed)
+            state, shardings = step.init_state(task.init, tx, mesh, config.seed, has_ema)
+            if config.init_from:
+                state = _start_from(config.init_from, task, state)
         else:
-            abstract, shardings = step.abstract_state(task.init, tx, mesh)
+            abstract, shardings = step.abstract_state(task.init, tx, mesh, has_ema)
             state, meta = checkpoints.restore(abstract, shardings)
             bad.reasons.update(meta["bad_videos"])
+            best.restore(meta.get("best"))
             report.say(f"resuming from step {int(state.step)} in {checkpoints.folder}")
         rate = optim.schedule(schedule.peak_lr, schedule.end_lr, schedule.warmup_steps, schedule.total_steps)
-        train_step = step.make_train_step(task.loss, tx, rate, mesh, shardings)
+        train_step = step.make_train_step(
+            task.clip_losses, tx, rate, mesh, shardings, config.optim.accumulate, config.optim.ema
+        )
         start = int(state.step)
         root = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
+        validation = _Validation(task, videos, config, schedule, mesh, best)
         log = report.Report(workdir, start, schedule.total_steps, config.data.batch_size, config.log.steps)
         guard = _Guard(workdir, source, root, config.optim.max_skipped, start)
         dataset = pipeline.clips(
@@ -109,15 +110,19 @@ def _train(
             hosts=jax.process_count(),
         )
         phases.end("restore")
-        host_videos = config.data.batch_size // config.data.clips_per_video // jax.process_count()
-        batches = prefetch(dataset, host_videos, mesh, *_loader_size(config)[:2])
+        host_videos = config.data.batch_size // task.clips_per_video // jax.process_count()
+        workers, threads, _ = feed.loader_size(config)
+        batches = feed.prefetch(dataset, source, host_videos, mesh, workers=workers, threads=threads)
 
-        def finish_step(number: int, metrics: step.Metrics, host_fields: dict[str, np.ndarray]) -> None:
-            log.step(number + 1, guard.look(number, metrics, host_fields))
+        def finish_step(
+            number: int, metrics: step.Metrics, host_fields: dict[str, np.ndarray], **validated: float
+        ) -> None:
+            log.step(number + 1, guard.look(number, metrics, host_fields), validated)
 
         try:
             pending = None
-            for number in range(start, schedule.total_steps):
+            is_over = start == schedule.total_steps or validation.is_hopeless(start)
+            for number in range(start, start if is_over else schedule.total_steps):
                 waiting = time.perf_counter()
                 batch, host_fields = next(batches)
                 log.waited(time.perf_counter() - waiting)
@@ -131,14 +136,20 @@ def _train(
                 if number == start:
                     jax.block_until_ready(metrics)
                     phases.end("first step")
-                last = interrupt.is_set or number + 1 == schedule.total_steps
+                if validation.is_due(number + 1):
+                    finish_step(*pending, **validation.run(state, log))
+                    pending = None
+                is_over = number + 1 == schedule.total_steps or validation.is_hopeless(number + 1)
                 if interrupt.is_set:
                     report.say("SIGTERM: saving a checkpoint, then ending")
+                last = interrupt.is_set or is_over
                 if last or (number + 1) % schedule.checkpoint_steps == 0:
                     # Logged before it is saved, so that no resumed log lacks a line.
-                    finish_step(*pending)
-                    pending = None
-                    checkpoints.save(state, task.metadata() | {"bad_videos": bad.reasons})
+                    if pending is not None:
+                        finish_step(*pending)
+                        pending = None
+                    meta = {"bad_videos": bad.reasons, "best": best.found}
+                    checkpoints.save(state, task.metadata() | meta)
                 if last:
                     break
             checkpoints.wait()
@@ -151,75 +162,82 @@ def _train(
         "bad_videos": dict(sorted(bad.reasons.items())),
         "skipped_steps": guard.skipped,
     }
-    return state, log.last | log.totals() | figures
+    if best.found:
+        figures["best"] = best.found
+    return state, log.last | log.totals() | figures, is_over
 
 
-def prefetch(
-    dataset: grain.MapDataset, host_videos: int, mesh: jax.sharding.Mesh, workers: int, threads: int
-) -> Generator[tuple[step.Batch, dict[str, np.ndarray]]]:
-    """Yields (global arrays, host-only fields), with `_AHEAD` later batches already on their way."""
-    iterator = pipeline.iterate(dataset, host_videos, workers=workers, threads=threads)
-    queue: collections.deque = collections.deque()
-    try:
-        while True:
-            while len(queue) <= _AHEAD:
-                local = _next(iterator)
-                host_fields = {name: local.pop(name) for name in pipeline.HOST_ONLY}
-                host_fields["index"] = local["index"]
-                queue.append((sharding.global_batch(mesh, local), host_fields))
-            yield queue.popleft()
-    finally:
-        iterator.close()
+def make_optimizer(config: Config) -> optim.Optimizer:
+    """AdamW as the settings have it."""
+    of = config.optim
+    layers = optim.Layers(of.layer_decay, of.freeze_blocks) if config.task == "finetune" else None
+    return optim.adamw(of.betas, of.epsilon, of.weight_decay, of.clip_norm, layers)
 
 
-def _next(iterator: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return next(iterator)
-    except RuntimeError as error:
-        if "terminated unexpectedly" not in str(error):
-            raise
-        raise TrainingError(
-            "a loader process was killed, perhaps for want of memory: the same command resumes from the last "
-            "checkpoint; fewer processes (--config.data.workers) need less memory"
-        ) from None
+def _start_from(path: str, task: tasks.Task, state: step.TrainState) -> step.TrainState:
+    """The state with the parameters that a trained backbone gives, placed as they were."""
+    if not isinstance(task, finetune.Finetune):
+        raise UserError("init_from is for finetuning")
+    ours: dict[tuple[str, ...], Any] = flatten_dict(state.params)  # pyright: ignore[reportAssignmentType]
+    taken = transfer.read(path, task.model, ["/".join(key) for key in ours])
+    report.say(f"starting from {path}: {taken}")
+    theirs = flatten_dict(taken.params)
+    params = {key: jax.device_put(theirs.get(key, leaf), leaf.sharding) for key, leaf in ours.items()}
+    params = unflatten_dict(params)
+    return state._replace(params=params, ema=state.ema and jax.tree.map(jax.numpy.copy, params))
 
 
-@dataclasses.dataclass
-class BadVideos:
-    """Names and counts the videos that could not be decoded, and stops the run above a limit.
+class _Validation:
+    """When to validate, what became of it, and whether it is worth going on."""
 
-    Attributes:
-        max_fraction: of the source's videos.
-        reasons: id -> why.
-    """
+    def __init__(
+        self,
+        task: tasks.Task,
+        videos: splits.Splits,
+        config: Config,
+        schedule: settings.Schedule,
+        mesh: jax.sharding.Mesh,
+        best: checkpoint.Best,
+    ):
+        self.every, self.total, self.warmup = (
+            schedule.evaluate_steps,
+            schedule.total_steps,
+            schedule.warmup_steps,
+        )
+        self.patience, self.metadata, self.best = config.optim.patience, task.metadata, best
+        self.keeps_best, self.has_warned = config.task == "finetune", False
+        self.validate: Callable[[Any], dict[str, float]] | None = None
+        if self.every or self.keeps_best:
+            self.validate = task.validator(videos.train, videos.validation, config, mesh)
 
-    source: Source
-    max_fraction: float
-    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+    def is_due(self, done: int) -> bool:
+        """Whether validation follows step number `done` (from 1)."""
+        is_time = self.every > 0 and done % self.every == 0
+        return self.validate is not None and (is_time or (self.keeps_best and done == self.total))
 
-    def count(self, host_fields: dict[str, np.ndarray]) -> None:
-        """Looks through a batch.
+    def run(self, state: step.TrainState, log: report.Report) -> dict[str, float]:
+        """Validates the weights, averaged ones where there are any; keeps them if they are the best."""
+        assert self.validate
+        params = jax.block_until_ready(state.params if state.ema is None else state.ema)
+        started = time.perf_counter()
+        found = self.validate(params)
+        if self.keeps_best:
+            self.best.look(int(state.step), found, params, self.metadata())
+        is_luck = found.pop("validation_at_chance", 0.0) > 0 and int(state.step) >= self.warmup
+        if is_luck and not self.has_warned:
+            self.has_warned = True
+            report.say(
+                f"warning: after {int(state.step)} steps validation top1 {found['validation_top1']:.3f} is "
+                f"no better than always naming the most frequent class: check labels, optim.lr, init_from "
+                f"and data.stride; --config.debug.overfit=8 shows whether anything can be learnt"
+            )
+        log.exclude(time.perf_counter() - started)
+        return found
 
-        Raises:
-            UserError: too many videos of the source are bad.
-        """
-        for record, error in zip(host_fields["record"], host_fields["error"], strict=True):
-            video = self.source.ids[record]
-            if not error or video in self.reasons:
-                continue
-            self.reasons[video] = str(error)
-            fraction = len(self.reasons) / len(self.source)
-            if fraction > self.max_fraction:
-                raise UserError(
-                    f"{len(self.reasons)} of {len(self.source)} videos cannot be decoded, the last is "
-                    f"{error}: remove or replace it, or allow more with --config.data.max_bad_fraction="
-                    f"{_round_up(fraction)} (now {self.max_fraction})"
-                )
-            report.say(f"bad video, trained without it: {error}")
-
-
-def _round_up(fraction: float) -> float:
-    return int(fraction * 100 + 1) / 100
+    def is_hopeless(self, done: int) -> bool:
+        """Whether `patience` validations in a row up to step `done` were no better than the best."""
+        best = self.best.found
+        return bool(self.patience and best and done - best["step"] >= self.patience * self.every)
 
 
 class _Guard:
@@ -295,11 +313,13 @@ class _Phases:
 
 
 def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.optim.patience and not config.evaluate.every:
+        raise UserError("optim.patience counts validations: set --config.evaluate.every too")
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate
     if config.data.batch_size <= 0 or config.data.batch_size % parts:
         raise UserError(
-            f"data.batch_size={config.data.batch_size} does not divide over data x fsdp = {parts} devices: "
-            f"use a positive multiple of {parts}"
+            f"data.batch_size={config.data.batch_size} does not divide over data x fsdp devices x accumulate "
+            f"= {parts}: use a positive multiple of {parts}"
         )
 
 
@@ -331,13 +351,9 @@ def _claim(workdir: pathlib.Path, config: Config, source: Source) -> None:
         )
 
 
-def _loader_size(config: Config) -> tuple[int, int, str]:
-    return pipeline.loader_size(config.data.workers, config.data.threads, processes.usable_cores())
-
-
 def _announce(config, task, source, schedule, mesh) -> None:
     devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
-    workers, threads, reason = _loader_size(config)
+    workers, threads, reason = feed.loader_size(config)
     loader = f"{workers} processes x {threads} threads" if workers else f"{threads} threads"
     report.say(
         f"{config.task}: {len(source)} videos, {schedule.total_steps} steps of {config.data.batch_size} "

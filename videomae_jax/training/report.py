@@ -124,15 +124,23 @@ class Report:
         self._waited += seconds
         self._window_waited += seconds
 
-    def step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Records that step number `step` (from 1) is done, with its metrics as numbers."""
+    def exclude(self, seconds: float) -> None:
+        """Leaves time that was not training out of every speed."""
+        self._start += seconds
+        self._window_start += seconds
+
+    def step(self, step: int, metrics: dict[str, Any], validated: dict[str, float]) -> None:
+        """Records that step number `step` (from 1) is done, with its metrics as numbers.
+
+        `validated` are the figures of a validation after it, if there was one; such a step is always logged.
+        """
         self._steps += 1
         self._window_steps += 1
         self._bar.update()
         now = time.perf_counter()
         if self._steps == 1:  # what the first step compiles says nothing about speed
             self._start, self._waited = now, 0.0
-        if step % self.every and step != self.total:
+        if step % self.every and step != self.total and not validated:
             return
         seconds = max(now - self._window_start, 1e-9)
         clips_per_second = self._window_steps * self.batch_size / seconds
@@ -142,6 +150,7 @@ class Report:
             "clips_per_second": clips_per_second,
             "data_wait": self._window_waited / seconds,
             "memory_gib": memory_gib(),
+            **validated,
         }
         self._window_start, self._window_steps, self._window_waited = now, 0, 0.0
         try:
@@ -155,6 +164,7 @@ class Report:
             f"loss {self.last['loss']:.4f}  lr {self.last['learning_rate']:.2e}  "
             f"{clips_per_second:.1f} clips/s  waiting for data {self.last['data_wait']:.1%}"
         )
+        text += "".join(f"  {name.replace('_', ' ')} {value:.4f}" for name, value in validated.items())
         self._bar.set_postfix_str(text)
         if self._bar.disable:
             speed = self.totals().get("clips_per_second")

@@ -1,198 +1,84 @@
-"""What is trained: model, data, loss and final evaluation of each task."""
+"""From settings to a task: what is trained, and whether the settings fit together."""
 
 import dataclasses
-import functools
-import os
-import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Float, Key
 
-from videomae_jax.apps import reconstruct
+from videomae_jax import sharding
 from videomae_jax.config import Config, UserError
-from videomae_jax.data import moving_shapes, pipeline, prepared, processes, sources
+from videomae_jax.data import randaugment
+from videomae_jax.data.sources import Source
 from videomae_jax.evaluation import reconstruction
 from videomae_jax.interop import export
 from videomae_jax.models import masking, tubelets
-from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
-from videomae_jax.training import report
-from videomae_jax.training.step import Batch
+from videomae_jax.models.heads import ClassifierConfig
+from videomae_jax.models.mae import VideoMAEConfig
+from videomae_jax.training import losses
+from videomae_jax.training.finetune import Finetune
+from videomae_jax.training.mixup import Mix
+from videomae_jax.training.pretrain import Pretrain
 
-_FINAL_CLIPS = 64  # held-out clips that the final PSNR is measured on, at most
-
-
-@dataclasses.dataclass(frozen=True)
-class Pretrain:
-    """Masked autoencoding (arXiv 2203.12602).
-
-    Attributes:
-        mask: "tube", "random" or "frame"; `mask_ratio` of it is hidden.
-        normalize_target: predict normalised tubelets (published) or pixels in 0..1.
-        loss_kind: "mse" (published), "l1" or "smooth_l1".
-        stride: frames of the file from one frame of a clip to the next.
-        clips_per_video: crops, each with its own mask, of the same decoded frames.
-    """
-
-    model: VideoMAEConfig
-    mask: str
-    mask_ratio: float
-    normalize_target: bool
-    loss_kind: str
-    stride: int
-    clips_per_video: int = 1
-
-    @functools.cached_property
-    def graphdef(self) -> Any:
-        """The module without its parameters."""
-        return nnx.graphdef(nnx.eval_shape(lambda: VideoMAE(self.model, rngs=nnx.Rngs(0))))
-
-    def init(self, key: Key[Array, ""]) -> dict:
-        """Parameters at the start of training, a nested dict of float32 arrays."""
-        model = VideoMAE(self.model, rngs=nnx.Rngs(params=key))
-        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-    def masks(self, batch: Batch, root: Key[Array, ""]) -> masking.Indices:
-        """(visible, hidden) of each example; a function of (root key, global example index) only."""
-        grid = self.model.grid
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(mask_key(root), batch["index"])
-        return masking.indices(keys, self.mask, grid, self.mask_ratio)
-
-    def loss(self, params: dict, batch: Batch, root: Key[Array, ""]) -> Float[Array, ""]:
-        """Mean reconstruction loss over the clips of weight 1.
-
-        Args:
-            batch: `video` uint8 [B, T, H, W, C], `index` uint32 [B] (global example index), `weight`
-                float32 [B] (0 for a clip that could not be decoded).
-        """
-        model = nnx.merge(self.graphdef, params)
-        visible, hidden = self.masks(batch, root)
-        key = None
-        if self.model.drop_path > 0:
-            key = jax.random.fold_in(drop_path_key(root), batch["index"][0])
-        losses = model.clip_losses(
-            batch["video"], visible, hidden, self.normalize_target, self.loss_kind, key
-        )
-        weight = batch["weight"]
-        return jnp.sum(weight * losses) / jnp.maximum(weight.sum(), 1)
-
-    @property
-    def clip_transform(self) -> pipeline.PretrainClip:
-        """Record -> training clip."""
-        frames, *size = self.model.clip_size
-        return pipeline.PretrainClip(frames, self.stride, (size[0], size[1]), self.clips_per_video)
-
-    def metadata(self) -> dict[str, Any]:
-        """What is stored beside the parameters."""
-        recipe = {
-            "mask": self.mask,
-            "mask_ratio": self.mask_ratio,
-            "normalize_target": self.normalize_target,
-            "loss": self.loss_kind,
-            "stride": self.stride,
-        }
-        return export.metadata(self.model, recipe)
-
-    def describe(self) -> str:
-        """The model in half a line."""
-        encoder, decoder, grid = self.model.encoder, self.model.decoder, self.model.grid
-        visible, hidden = masking.counts(self.mask, grid, self.mask_ratio)
-        return (
-            f"encoder {encoder.width}x{encoder.depth}, decoder {decoder.width}x{decoder.depth}, "
-            f"{visible} visible and {hidden} hidden tubelets, {self.model.compute.dtype}"
-        )
-
-    def finish(
-        self,
-        params: dict,
-        held_out: sources.Source,
-        config: Config,
-        workdir: pathlib.Path,
-    ) -> dict[str, Any]:
-        """Reconstructs held-out clips: PSNR into the summary, pictures into the work folder.
-
-        Clips and masks are the same for every run: the middle of each video, cropped to its centre.
-        """
-        chosen = held_out.select(_spread(len(held_out), _FINAL_CLIPS))
-        of = self.clip_transform
-        middle = pipeline.MiddleClip(of.frames, of.stride, of.size)
-        clips, ids, bad = pipeline.middle_clips(chosen, middle)
-        if not ids:
-            report.say(f"no pictures: none of the {len(chosen)} held-out videos can be decoded")
-            return {"reconstruction": None, "bad_held_out_videos": bad}
-        model = nnx.merge(self.graphdef, jax.device_get(params))
-        batch = {"index": jnp.arange(len(ids), dtype=jnp.uint32)}
-        visible, hidden = self.masks(batch, jax.random.key(config.seed))
-        panels = reconstruct.reconstruct(
-            model, clips, visible, hidden, self.normalize_target, config.log.statistics
-        )
-        drawn = _spread(len(ids), config.log.pictures)
-        for suffix in (".gif", ".png"):
-            names = [ids[i] for i in drawn]
-            reconstruct.write(panels.select(drawn), names, workdir / f"reconstruction{suffix}")
-        figures = panels.psnr()
-        report.say(
-            f"PSNR of hidden tubelets in {len(ids)} held-out clips ({config.log.statistics} statistics): "
-            f"model {figures['psnr_hidden']:.2f} dB, mean {figures['psnr_mean']:.2f} dB, nearest visible "
-            f"tubelet {figures['psnr_nearest_visible']:.2f} dB; see {workdir / 'reconstruction.gif'}"
-        )
-        return {
-            "reconstruction": {
-                **figures,
-                "statistics": config.log.statistics,
-                "clips": len(ids),
-            },
-            "bad_held_out_videos": bad,
-        }
+Task = Pretrain | Finetune
 
 
-def _spread(total: int, count: int) -> list[int]:
-    """At most `count` of `total` places, evenly spread, so that every class folder has its share."""
-    count = min(total, count)
-    return [i * total // count for i in range(count)]
-
-
-def mask_key(root: Key[Array, ""]) -> Key[Array, ""]:
-    """The stream that masks are drawn from."""
-    return jax.random.fold_in(root, 0)
-
-
-def drop_path_key(root: Key[Array, ""]) -> Key[Array, ""]:
-    """The stream that drop path is drawn from."""
-    return jax.random.fold_in(root, 1)
-
-
-def make_task(config: Config) -> Pretrain:
+def make_task(config: Config, train: Source | None = None, weights: str = "") -> Task:
     """The task that a config names.
 
+    Args:
+        train: the training videos, which name a classifier's classes; None where only the settings are
+            checked.
+        weights: export, checkpoint or work folder whose backbone is taken; "" for a fresh one.
+
     Raises:
-        UserError: an unknown task, or sizes and settings that do not fit together.
+        UserError: sizes and settings that do not fit together.
     """
-    if config.task != "pretrain":
-        raise UserError(f"task={config.task!r} is unknown: use pretrain")
+    try:
+        return _pretrain(config) if config.task == "pretrain" else _finetune(config, train, weights)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def make_mesh(config: Config) -> jax.sharding.Mesh:
+    """The mesh that the settings ask for.
+
+    Raises:
+        UserError: it does not use every device.
+    """
+    try:
+        return sharding.make_mesh(**config.mesh)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def backbone(config: Config) -> dict[str, Any]:
+    """The settings that every model shares, as fields of its config, plain data."""
     model = config.model.to_dict()
+    del model["decoder"]
     dtype, unroll, remat = (model.pop(name) for name in ("dtype", "unroll", "remat"))
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    model |= {
+    return model | {
         "clip_size": (config.data.frames, *config.data.size),
         "compute": {"dtype": dtype, "unroll": unroll, "remat": remat},
     }
-    try:
-        task = Pretrain(
-            model=VideoMAEConfig.from_dict(model),
-            mask=config.mask.kind,
-            mask_ratio=config.mask.ratio,
-            normalize_target=config.loss.normalize_target,
-            loss_kind=config.loss.kind,
-            stride=config.data.stride,
-            clips_per_video=config.data.clips_per_video,
-        )
-        masking.counts(task.mask, task.model.grid, task.mask_ratio)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+
+
+def _pretrain(config: Config) -> Pretrain:
+    if config.data.stride < 1:
+        raise UserError("data.stride=0 (one frame of each part) is for finetuning: use at least 1")
+    if config.init_from:
+        raise UserError("init_from is for finetuning and probes: pretraining starts from nothing")
+    task = Pretrain(
+        model=VideoMAEConfig.from_dict(backbone(config) | {"decoder": config.model.decoder.to_dict()}),
+        mask=config.mask.kind,
+        mask_ratio=config.mask.ratio,
+        normalize_target=config.loss.normalize_target,
+        loss_kind=config.loss.kind,
+        stride=config.data.stride,
+        clips_per_video=config.data.clips_per_video,
+    )
+    masking.counts(task.mask, task.model.grid, task.mask_ratio)
     if task.loss_kind not in tubelets.LOSSES:
         raise UserError(f"loss.kind={task.loss_kind!r} is unknown: use {', '.join(tubelets.LOSSES)}")
     if config.log.statistics not in reconstruction.STATISTICS:
@@ -206,41 +92,68 @@ def make_task(config: Config) -> Pretrain:
     return task
 
 
-def open_data(
-    config: Config,
-) -> tuple[sources.Source, sources.Source]:
-    """(training videos, held-out videos) of `data.path`; generates moving_shapes where it is named.
-
-    Held-out videos are those of a validation folder; without one they are taken from the training videos,
-    and a set too small for that shows training clips at the end.
-
-    Raises:
-        SourceError: nothing to read.
-    """
-    data = config.data
-    path = data.path
-    if not path:
+def _finetune(config: Config, train: Source | None, weights: str) -> Finetune:
+    head, augment, loss = config.head, config.augment, config.loss
+    made = export.read_config(weights) if weights else None
+    model = ClassifierConfig.from_dict(
+        backbone(config)
+        | {
+            "classes": train.classes if train else ("unknown",),
+            "head": head.kind,
+            "pooling": head.pooling,
+            "head_dropout": head.dropout,
+            "head_scale": head.scale,
+            "position_grid": made and (made.position_grid or made.grid),
+        }
+    )
+    if model.position_grid == model.grid:
+        model = dataclasses.replace(model, position_grid=None)
+    if config.optim.freeze_blocks > model.encoder.depth:
         raise UserError(
-            "data.path is empty: name a folder of videos, a CSV list, prepared data, or moving_shapes"
+            f"optim.freeze_blocks={config.optim.freeze_blocks} of {model.encoder.depth} blocks: lower it"
         )
-    if path == "moving_shapes":
-        path = str(_moving_shapes(data.generate))
-    train = prepared.open_source(path, "train")
-    if prepared.has_split(path, "validation"):
-        return train, prepared.open_source(path, "validation")
-    kept, held_out = sources.hold_out(train, data.held_out)
-    if not len(held_out):
-        report.say(f"{len(train)} videos are too few to hold any out: pictures show training clips")
-        return train, train
-    return kept, held_out
+    mix = Mix(augment.mixup, augment.cutmix, augment.mix_probability, augment.mix_switch)
+    is_mixed = mix.is_active and head.kind == "softmax" and not config.debug.overfit
+    _check_mix(config, mix, is_mixed)
+    if loss.class_weights not in ("none", "balanced"):
+        raise UserError(f"loss.class_weights={loss.class_weights!r} is unknown: use none or balanced")
+    weights_of_classes = None
+    if loss.class_weights == "balanced":
+        if head.kind != "softmax":
+            raise UserError("loss.class_weights=balanced is for head.kind=softmax: set it to none")
+        if train:
+            weights_of_classes = losses.balanced_weights(
+                [train.labels.count(label) for label in range(len(train.classes))]
+            )
+    return Finetune(
+        model=model,
+        stride=config.data.stride,
+        policy=randaugment.parse(augment.policy) if augment.policy else None,
+        flip=augment.flip,
+        erasing=augment.erasing,
+        area=tuple(augment.area),
+        clips_per_video=config.data.clips_per_video,
+        mix=mix if is_mixed else None,
+        smoothing=loss.smoothing,
+        class_weights=weights_of_classes,
+        frozen=config.optim.freeze_blocks,
+        by_heart=config.debug.overfit > 0,
+    )
 
 
-def _moving_shapes(generate: Config) -> pathlib.Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = pathlib.Path(cache, "videomae_jax")
-    report.say(f"moving_shapes: {generate.videos} training videos, cached in {folder}")
-    spec = moving_shapes.MovingShapes(**generate)
-    try:
-        return moving_shapes.generate(spec, folder, processes=processes.usable_cores())
-    except ValueError as error:
-        raise UserError(f"data.generate: {error}") from None
+def _check_mix(config: Config, mix: Mix, is_mixed: bool) -> None:
+    for name in ("mixup", "cutmix", "mix_probability", "mix_switch"):
+        if config.augment[name] < 0 or (name.startswith("mix_") and config.augment[name] > 1):
+            raise UserError(
+                f"augment.{name}={config.augment[name]} is out of range: see videomae_jax/config.py"
+            )
+    if mix.is_active and config.head.kind != "softmax":
+        raise UserError(
+            f"augment.mixup and cutmix mix classes and are not for head.kind={config.head.kind}: set "
+            f"--config.augment.mixup=0 --config.augment.cutmix=0"
+        )
+    if is_mixed and config.data.batch_size % 2:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} is odd, and mixup pairs clips: make it even, or set "
+            f"--config.augment.mix_probability=0"
+        )

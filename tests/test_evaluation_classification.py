@@ -1,0 +1,103 @@
+"""Metrics: ranks, ties, merging, and numbers that padding cannot move."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from videomae_jax.evaluation import classification, neighbours
+from videomae_jax.evaluation.classification import Scores
+
+
+def scores(values, labels) -> Scores:
+    values, labels = np.asarray(values, np.float64), np.asarray(labels)
+    return Scores(np.arange(len(labels)), values, labels, np.zeros((len(labels), 0)))
+
+
+def test_the_worked_example_of_the_published_merge():
+    merged = classification.merge_views(np.array([[[2.0, 0, 0], [0, 1.0, 0]]], np.float32), "softmax")
+    np.testing.assert_allclose(merged, [[0.4995, 0.3413, 0.1592]], atol=1e-4)
+    assert merged.dtype == np.float64
+    # Another answer than that of averaged logits.
+    assert classification.merge_views(np.array([[[0, 9.0], [4.0, 0]], [[0, 9.0], [6.0, 0]]]), "softmax")[
+        :, 0
+    ].tolist() == pytest.approx([0.491, 0.4988], abs=1e-3)
+
+
+def test_merging_the_other_heads():
+    outputs = np.array([[[0.0, 2.0], [0.0, -2.0]]])
+    np.testing.assert_allclose(classification.merge_views(outputs, "multilabel"), [[0.5, 0.5]])
+    np.testing.assert_allclose(classification.merge_views(outputs, "regression"), [[0.0, 0.0]])
+    np.testing.assert_allclose(classification.merge_views(outputs - 1e4, "multilabel"), 0)
+
+
+def test_accuracies():
+    values = np.eye(6)[[0, 0, 1, 2, 5, 4]] * 0.5 + np.linspace(0.1, 0, 6)
+    found = scores(values, [0, 1, 1, 2, 3, 4]).metrics("softmax")
+    assert found["top1"] == pytest.approx(4 / 6)
+    assert found["mean_class_accuracy"] == pytest.approx((1 + 0.5 + 1 + 0 + 1) / 5)
+    assert found["top5"] == 1.0
+
+
+def test_confusion_counts_every_video_once():
+    confusion = scores([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], [0, 0, 1]).confusion()
+    assert confusion.tolist() == [[1, 1], [1, 0]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(arrays.arrays(np.float64, (7, 6), elements=st.sampled_from([0.0, 0.1, 0.2])), st.data())
+def test_ranks_agree_with_a_stable_sort(values, data):
+    labels = np.array(data.draw(st.lists(st.integers(0, 5), min_size=7, max_size=7)))
+    order = np.argsort(-values, axis=1, kind="stable")
+    expected = [row.tolist().index(label) for row, label in zip(order, labels, strict=True)]
+    assert classification.label_ranks(values, labels).tolist() == expected
+    top1 = scores(values, labels).metrics("softmax")["top1"]
+    assert top1 == pytest.approx((values.argmax(axis=1) == labels).mean())
+
+
+def test_videos_without_a_label_do_not_count():
+    values = [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1]]
+    assert scores(values, [0, -1, 0]).metrics("softmax")["top1"] == 1.0
+
+
+def test_mean_average_precision_leaves_out_classes_without_a_video():
+    targets = np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    values = np.array([[0.9, 0.5], [0.8, 0.5], [0.1, 0.5]])
+    assert classification.mean_average_precision(values, targets) == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_regression():
+    truth = np.array([[0.0], [2.0]])
+    found = Scores(np.arange(2), np.array([[1.0], [2.0]]), np.full(2, -1), truth).metrics("regression")
+    assert found == {"mean_squared_error": 0.5, "mean_absolute_error": 0.5, "r2": 0.5}
+
+
+def test_chance():
+    labels = np.array([0] * 60 + [1] * 40)
+    assert classification.is_at_chance(0.6, labels)
+    assert classification.is_at_chance(0.65, labels)
+    assert not classification.is_at_chance(0.75, labels)
+
+
+def test_neighbours_vote_with_their_nearness():
+    known = np.array([[1.0, 0], [0.9, 0.1], [0, 1.0], [0, 0.5]])
+    labels = np.array([0, 0, 1, 1])
+    votes = neighbours.votes(known, labels, np.array([[2.0, 0.1], [0.1, 3.0]]), 3, 2, 0.07)
+    np.testing.assert_allclose(votes, [[1, 0, 0], [0, 1, 0]], atol=1e-9)
+    both = neighbours.votes(known, labels, np.array([[1.0, 1.0]]), 2, 4, 0.07)
+    cosines = np.array([1, 1 / np.hypot(0.9, 0.1), 1, 1]) / np.sqrt(2)
+    weights = np.exp(np.array([cosines[0], cosines[1], cosines[2], cosines[3]]) / 0.07)
+    assert both.sum() == pytest.approx(1)
+    assert both[0, 1] == pytest.approx(0.5, abs=0.2)
+    assert weights.min() > 0
+
+
+def test_more_neighbours_than_videos_and_many_questions(rng):
+    known = rng.normal(size=(5, 3))
+    labels = np.array([0, 1, 2, 0, 1])
+    asked = rng.normal(size=(2100, 3))  # more than one block
+    votes = neighbours.votes(known, labels, asked, 3, 20, 0.5)
+    again = neighbours.votes(known, labels, asked[2050:], 3, 20, 0.5)
+    np.testing.assert_allclose(votes[2050:], again)
+    np.testing.assert_allclose(votes.sum(axis=1), 1)

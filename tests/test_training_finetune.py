@@ -1,0 +1,464 @@
+"""Finetuning as users have it: from a backbone, killed and resumed, validated, ended early, tested once."""
+
+import csv
+import dataclasses
+import itertools
+import json
+import time
+
+import clips
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import load_config, mesh_of
+from flax import nnx
+
+import videomae_jax as vm
+from videomae_jax import config as settings
+from videomae_jax.data import pipeline, sources
+from videomae_jax.interop import export, transfer
+from videomae_jax.training import evaluate, loop, report, splits, tasks, testing
+from videomae_jax.training.finetune import Finetune
+
+
+def finetune_config(shapes, **optim):
+    c = load_config("debug", f"data={shapes},task=finetune")
+    c.optim.update(duration=12, **optim)
+    return c
+
+
+def run(config, workdir):
+    return loop.run(config, workdir, time.time())
+
+
+def params_of(path):
+    return nnx.to_pure_dict(nnx.state(vm.load(path), nnx.Param))
+
+
+def logged(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def pretrained(shapes, tmp_path_factory):
+    """The work folder of a pretraining run of a few steps, with k-NN meanwhile."""
+    workdir = tmp_path_factory.mktemp("runs") / "pretrained"
+    c = load_config("debug", f"data={shapes}")
+    c.optim.duration, c.evaluate.every = 6, 3
+    run(c, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shapes, pretrained, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "finetuned"
+    c = finetune_config(shapes, ema=0.9)
+    c.init_from = str(pretrained)
+    summary = run(c, workdir)
+    return workdir, summary
+
+
+def test_knn_while_pretraining(pretrained):
+    lines = {line["step"]: line for line in logged(pretrained)}
+    assert {step for step, line in lines.items() if "knn_top1" in line} == {3, 6}
+    assert 0 <= lines[6]["knn_top1"] <= 1
+
+
+def test_a_finetuning_run_leaves_what_it_promises(undisturbed):
+    workdir, summary = undisturbed
+    validated = [line for line in logged(workdir) if "validation_top1" in line]
+    assert [line["step"] for line in validated] == [5, 10, 12]
+    best = max(validated, key=lambda line: line["validation_top1"])
+    assert summary["best"] == {"step": best["step"], "top1": best["validation_top1"]}
+    assert set(summary["test"]) == {"last", "last_average", "best"}
+    assert summary["test"]["best"]["videos"] == 8
+    assert {"data", "first step", "steps", "test"} <= set(summary["seconds"])
+    meta = export.read_metadata(workdir / "best")
+    assert meta["validation"]["step"] == best["step"]
+    assert meta["model"]["classes"][0] == "anticlockwise"
+    assert json.loads((workdir / "evaluation.json").read_text()) == summary["test"]["best"]
+    rows = list(csv.DictReader((workdir / "predictions.csv").read_text().splitlines()))
+    assert len(rows) == len({row["id"] for row in rows}) == 8
+    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert right / 8 == summary["test"]["best"]["top1"]
+    for row in rows:
+        values = {name: float(value) for name, value in row.items() if name.startswith("score ")}
+        assert sum(values.values()) == pytest.approx(1, abs=1e-4)
+        assert max(values, key=values.__getitem__) == f"score {row['prediction']}"
+    assert (workdir / "confusion.png").stat().st_size > 500
+
+
+def test_the_backbone_is_the_pretrained_one(pretrained, shapes, tmp_path, capsys, monkeypatch):
+    """With a learning rate of nothing, all but norm and head are as they were."""
+    c = finetune_config(shapes, lr=0.0)
+    c.optim.duration, c.init_from, c.optim.warmup = 5, str(pretrained), 1
+    run(c, tmp_path)
+    ours, theirs = params_of(tmp_path), params_of(pretrained)
+    for part in ("embed", "blocks"):
+        jax.tree.map(np.testing.assert_array_equal, ours["encoder"][part], theirs["encoder"][part])
+    output = capsys.readouterr().out
+    assert "fresh: head/bias, head/kernel, norm/bias, norm/scale; unused: decoder/" in output
+    assert "encoder/norm" in output
+
+
+@pytest.mark.parametrize("stop_after", [3, 7, 10])
+def test_killed_and_resumed(undisturbed, shapes, pretrained, tmp_path, monkeypatch, stop_after):
+    """Cut off before, between and after checkpoints and validations; weights, average, log and best agree."""
+    workdir, summary = undisturbed
+    c = finetune_config(shapes, ema=0.9)
+    c.init_from = str(pretrained)
+    plain = report.Report.step
+
+    def dying(self, step, metrics, validated):
+        plain(self, step, metrics, validated)
+        if step == stop_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report.Report, "step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(c, tmp_path)
+    if stop_after > 5:
+        c.init_from = ""  # there is a checkpoint: the weights it began from may be gone
+    again = run(c, tmp_path)
+    for place in ("", "best"):
+        jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / place), params_of(workdir / place))
+    names = ("step", "loss", "grad_norm", "learning_rate", "validation_top1", "validation_loss")
+    runs = [[[line.get(name) for name in names] for line in logged(d)] for d in (tmp_path, workdir)]
+    assert runs[0] == runs[1]
+    assert (again["best"], again["test"]) == (summary["best"], summary["test"])
+
+
+def test_the_average_of_the_weights(shapes, tmp_path):
+    """ema = decay * ema + (1 - decay) * params after every step, checked by its own definition."""
+    config = finetune_config(shapes, ema=0.5)
+    config.evaluate.every = 0  # the last weights are the best
+    states = []
+    plain = loop.step.make_train_step
+
+    def spying(*args, **kwargs):
+        train_step = plain(*args, **kwargs)
+
+        def step(state, batch, root):
+            if not states:
+                states.append(jax.device_get((state.params, state.ema)))
+            state, metrics = train_step(state, batch, root)
+            states.append(jax.device_get((state.params, state.ema)))
+            return state, metrics
+
+        return step
+
+    config.optim.duration = 5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.step, "make_train_step", spying)
+        run(config, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, *states[0])  # it begins as the weights
+    for (_, before), (params, after) in itertools.pairwise(states):
+        expected = jax.tree.map(lambda e, p: 0.5 * e + 0.5 * p, before, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after, expected)
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "best"), states[-1][1])
+
+
+def test_frozen_blocks_do_not_move(shapes, tmp_path, pretrained):
+    c = finetune_config(shapes, freeze_blocks=1)
+    c.optim.duration, c.init_from = 5, str(pretrained)
+    run(c, tmp_path)
+    ours, theirs = params_of(tmp_path)["encoder"], params_of(pretrained)["encoder"]
+    jax.tree.map(np.testing.assert_array_equal, ours["embed"], theirs["embed"])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), ours["blocks"], theirs["blocks"])
+    assert (ours["blocks"]["fc1"]["kernel"][1] != theirs["blocks"]["fc1"]["kernel"][1]).any()
+
+
+def test_early_stopping(shapes, tmp_path, monkeypatch):
+    """Two validations without improvement end the run; started again, it stays ended."""
+    top1 = iter([0.3, 0.5, 0.5, 0.4] + [9.9] * 9)
+    monkeypatch.setattr(
+        Finetune,
+        "validator",
+        lambda *_: lambda _params: {"validation_top1": next(top1), "validation_loss": 1.0},
+    )
+    c = finetune_config(shapes, patience=2)
+    c.optim.duration, c.evaluate.every = 40, 2
+    summary = run(c, tmp_path)
+    assert summary["step"] == 8
+    assert summary["best"] == {"step": 4, "top1": 0.5}
+    assert not summary["interrupted"]
+    assert run(c, tmp_path)["step"] == 8
+
+
+def test_a_warning_when_nothing_is_learnt(shapes, tmp_path, capsys, monkeypatch):
+    """Once, and not before the warm-up is over."""
+    luck = {"validation_top1": 0.125, "validation_at_chance": 1.0}
+    monkeypatch.setattr(Finetune, "validator", lambda *_: lambda _params: dict(luck))
+    c = finetune_config(shapes)
+    c.optim.duration, c.optim.warmup, c.evaluate.every = 6, 4, 2
+    run(c, tmp_path)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+    assert "after 4 steps validation top1 0.125 is no better than always naming the most frequent" in line
+    assert "--config.debug.overfit=8" in line
+
+
+def test_eight_clips_can_be_learnt_by_heart(shapes, tmp_path):
+    c = finetune_config(shapes)
+    c.debug.overfit = 8
+    summary = run(c, tmp_path)
+    assert summary["learnt_by_heart"]["validation_top1"] == 1.0
+    assert summary["step"] == 300
+
+
+def test_what_cannot_be_learnt_by_heart_is_an_error(shapes, tmp_path):
+    c = finetune_config(shapes, lr=0.0)
+    c.debug.overfit = 8
+    with pytest.raises(settings.UserError, match=r"debug\.overfit=8: only [\d.]+% of the training"):
+        run(c, tmp_path)
+
+
+def outputs_by_host(task, params, source, views, config, hosts):
+    """What `hosts` processes would see of a source, joined."""
+    parts = []
+    for host in range(hosts):
+        evaluator = testing.Evaluator(task.outputs, source, views, config, mesh_of(1))
+        plain = pipeline.once
+
+        def once(*args, plain=plain, place=host, **_one_host):
+            return plain(*args, host=place, hosts=hosts)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "once", once)
+            patch.setattr(jax, "process_count", lambda: hosts)
+            parts.append(evaluator.run(params))
+    order = np.argsort(np.concatenate([part.records for part in parts]))
+    values = np.concatenate([part.values for part in parts])[order]
+    return np.concatenate([part.records for part in parts])[order], values, parts
+
+
+@pytest.mark.parametrize(("videos", "batch"), [(13, 4), (8, 8), (3, 4)])
+def test_every_video_counts_once_for_any_hosts_and_remainder(shapes, videos, batch, monkeypatch):
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda _sharding, rows: jnp.asarray(rows))
+    c = finetune_config(shapes)
+    c.evaluate.batch_videos = batch
+    opened = splits.open_splits(c)
+    task = tasks.make_task(c, opened.train)
+    source = opened.train.select(range(videos))
+    params = task.init(jax.random.key(0))
+    views = task.test_views(2, 1)
+    expected = [task.outputs(params, jnp.asarray(views.map((i, source[i]))["video"])) for i in range(videos)]
+    for hosts in (1, 2, 4):
+        records, values, _ = outputs_by_host(task, params, source, views, c, hosts)
+        assert records.tolist() == list(range(videos))
+        np.testing.assert_allclose(values, np.stack(expected), atol=1e-5)
+
+
+def test_accumulation_is_the_large_batch(shapes):
+    """With mixup, CutMix, erasing, drop path and dropout on; on one device and on four."""
+    c = finetune_config(shapes)
+    opened = splits.open_splits(c)
+    task = tasks.make_task(c, opened.train)
+    rng = np.random.default_rng(0)
+    batch = {
+        "video": rng.integers(0, 256, (16, 8, 32, 32, 3), dtype=np.uint8),
+        "label": rng.integers(0, 8, 16).astype(np.int32),
+        "weight": np.array([1] * 5 + [0] + [1] * 10, np.float32),
+        "index": np.arange(16, dtype=np.uint32),
+        "erase": np.tile(np.array([2, 3, 10, 12], np.int32), (16, 1)),
+    }
+    states = {}
+    for count, devices in ((1, 1), (4, 1), (8, 1), (2, 4)):
+        mesh = mesh_of(devices)
+        tx = loop.make_optimizer(c)
+        state, shardings = loop.step.init_state(task.init, tx, mesh, 0)
+        make = (task.clip_losses, tx, lambda _: jnp.float32(1e-3), mesh, shardings, count)
+        train_step = loop.step.make_train_step(*make)
+        text = str(jax.make_jaxpr(train_step)(state, batch, jax.random.key(3)))
+        assert (f"length={count}" in text) == (count > 1)
+        whole = {name: jax.device_put(rows, shardings.step) for name, rows in batch.items()}
+        whole = loop.sharding.global_batch(mesh, batch)
+        states[count, devices] = train_step(state, whole, jax.random.key(3))
+    one, metrics = states.pop((1, 1))
+    for other, found in states.values():
+        np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other.params, one.params)
+
+
+def test_mixing_differs_from_step_to_step_and_not_from_layout_to_layout(shapes):
+    c = finetune_config(shapes)
+    task = tasks.make_task(c, splits.open_splits(c).train)
+    params = task.init(jax.random.key(0))
+    params["head"]["kernel"] = params["head"]["kernel"] * 1e5
+    rng = np.random.default_rng(0)
+    batch = {
+        "video": jnp.asarray(rng.integers(0, 256, (4, 8, 32, 32, 3), dtype=np.uint8)),
+        "label": jnp.arange(4, dtype=jnp.int32),
+        "weight": jnp.ones(4),
+        "index": jnp.arange(4, dtype=jnp.uint32),
+        "erase": jnp.zeros((4, 4), jnp.int32),
+    }
+    losses = jax.jit(task.clip_losses)
+    first, again, later = (losses(params, batch, jax.random.key(0), jnp.int32(s)) for s in (5, 5, 6))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - later).max() > 1e-4
+
+
+@pytest.mark.parametrize("head", ["multilabel", "regression"])
+def test_other_heads(tmp_path, head):
+    """From a list to metrics: what a clip's brightness is."""
+    lines = ["path,label"]
+    for i in range(24):
+        level = 40 + 160 * (i % 2)
+        frames = np.full((10, 32, 32, 3), level + i % 5, np.uint8)
+        clips.write(tmp_path / "v" / f"{i}.mp4", frames)
+        label = {"multilabel": "bright;all" if i % 2 else "all;dark", "regression": f"{i % 2};{1 - i % 2}"}
+        lines.append(f"v/{i}.mp4,{label[head]}")
+    listed = tmp_path / "list.csv"
+    listed.write_text("\n".join(lines))
+    c = load_config("debug", f"data={listed},task=finetune")
+    c.head.kind = head
+    c.augment.update(mixup=0.0, cutmix=0.0, policy="")
+    c.optim.update(duration=40, lr=0.3, layer_decay=1.0)
+    c.evaluate.every, c.checkpoint.every, c.data.held_out = 20, 40, 100
+    summary = run(c, tmp_path / "run")
+    result = summary["test"]["best"]
+    assert result["videos"] == 2
+    if head == "multilabel":
+        assert result["mean_average_precision"] > 0.9
+    else:
+        assert result["mean_squared_error"] < 0.2
+    rows = list(csv.DictReader((tmp_path / "run" / "predictions.csv").read_text().splitlines()))
+    assert len(rows) == 2
+    assert not (tmp_path / "run" / "confusion.png").exists()
+
+
+def test_evaluate(undisturbed, shapes, tmp_path, capsys):
+    """The command repeats the test of the run, also with another number of views, or from another place."""
+    workdir, summary = undisturbed
+    c = finetune_config(shapes)
+    found = evaluate.run(c, tmp_path / "w", str(workdir / "best"))
+    same = {name: found[name] for name in summary["test"]["best"]}
+    assert same == summary["test"]["best"]
+    c.evaluate.update(segments=1, crops=1, split="validation")
+    again = evaluate.run(c, workdir, "")
+    assert again["views"] == {"segments": 1, "crops": 1}
+    assert again["checkpoint"].endswith("best")
+    assert "evaluate: 8 videos, 1 x 1 views" in capsys.readouterr().out
+
+
+def test_evaluate_on_a_folder_of_its_own(undisturbed, shapes, tmp_path):
+    c = finetune_config(shapes / "validation")
+    c.evaluate.split = "all"
+    found = evaluate.run(c, tmp_path / "w", str(undisturbed[0]))
+    assert found["videos"] == 8
+    c = finetune_config(shapes)
+    c.evaluate.split = "all"
+    with pytest.raises(settings.UserError, match=r"is divided: evaluate\.split=all is for"):
+        evaluate.run(c, tmp_path / "w", str(undisturbed[0]))
+
+
+def test_evaluate_counts_what_cannot_be_decoded(undisturbed, shapes, tmp_path):
+    folder = tmp_path / "videos"
+    for path in (shapes / "validation").rglob("*.mp4"):
+        copy = folder / path.parent.name / path.name
+        copy.parent.mkdir(parents=True)
+        copy.write_bytes(path.read_bytes())
+    (folder / "up" / "broken.mp4").write_bytes(b"nothing")
+    clips.write(folder / "up" / "short.mp4", clips.numbered_frames(3))
+    c = finetune_config(folder)
+    c.evaluate.split = "all"
+    with pytest.raises(settings.UserError, match=r"1 of 10 videos cannot .*broken\.mp4.*allow_failed"):
+        evaluate.run(c, tmp_path / "w", str(undisturbed[0]))
+    assert not (tmp_path / "w").exists()
+    c.evaluate.allow_failed = True
+    found = evaluate.run(c, tmp_path / "w", str(undisturbed[0]))
+    assert (found["videos"], found["videos_failed"]) == (9, 1)
+    assert list(found["failed"]) == ["up/broken.mp4"]
+    assert found["videos_shorter_than_a_clip"] == 1
+
+
+def with_classes(shapes, folder, names):
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for i, path in enumerate(sorted((shapes / "train" / "up").glob("*.mp4"))):
+            (folder / name / f"{i}.mp4").write_bytes(path.read_bytes())
+    return folder
+
+
+def test_wrong_uses_of_evaluate(undisturbed, pretrained, shapes, tmp_path):
+    workdir, _ = undisturbed
+    c = finetune_config(shapes)
+    with pytest.raises(settings.UserError, match="holds a pretraining model, which has no trained head"):
+        evaluate.run(c, tmp_path / "w", str(pretrained))
+    with pytest.raises(settings.UserError, match="evaluate tests classifiers, not task=pretrain"):
+        evaluate.run(load_config("debug"), tmp_path / "w", str(workdir))
+    other = finetune_config(with_classes(shapes, tmp_path / "few", ["down", "sideways", "up"]))
+    with pytest.raises(settings.UserError, match=r"has 3 classes, the model .* 8, and 'sideways' is not"):
+        evaluate.run(other, tmp_path / "w", str(workdir))
+    names = ["a", "b", "c", "d", "e", "f", "g", "h"]
+    renamed = finetune_config(with_classes(shapes, tmp_path / "renamed", names))
+    with pytest.raises(sources.SourceError, match="class 'a', which is not among the 8 classes of the model"):
+        evaluate.run(renamed, tmp_path / "w", str(workdir))
+    c.head.kind = "multilabel"
+    c.augment.mix_probability = 0.0
+    with pytest.raises(settings.UserError, match="has a softmax head, the settings say multilabel"):
+        evaluate.run(c, tmp_path / "w", str(workdir))
+
+
+def test_wrong_data(shapes, tmp_path):
+    empty = with_classes(shapes, tmp_path / "videos", ["a", "b"])
+    listed = tmp_path / "list.csv"
+    listed.write_text("".join(f"videos/a/{i}.mp4 {2 * (i % 2)}\n" for i in range(4)))
+    with pytest.raises(settings.UserError, match="1 of 3 classes have no training video, the first is '1'"):
+        run(finetune_config(listed), tmp_path / "run")
+    listed.write_text("videos/a/0.mp4 0\nvideos/a/1.mp4\n")
+    with pytest.raises(sources.SourceError, match="line 2: 1 columns"):
+        run(finetune_config(listed), tmp_path / "run")
+    listed.write_text("path,label\nvideos/a/0.mp4,x\nvideos/a/1.mp4,\nvideos/b/1.mp4,y\n")
+    with pytest.raises(settings.UserError, match=r"1 of 3 training videos have no label.*videos/a/1\.mp4"):
+        run(finetune_config(listed), tmp_path / "run")
+    listed.write_text("videos/a/0.mp4 x\nvideos/a/1.mp4 x\n")
+    with pytest.raises(settings.UserError, match="has one class, 'x'"):
+        run(finetune_config(listed), tmp_path / "run")
+    divided = tmp_path / "divided"
+    with_classes(shapes, divided / "train", ["a", "b"])
+    with_classes(shapes, divided / "validation", ["a", "c"])
+    with pytest.raises(sources.SourceError, match="class 'c', which is not among the 2 classes of the"):
+        run(finetune_config(divided), tmp_path / "run")
+    c = finetune_config(empty, patience=2)
+    c.evaluate.every = 0
+    with pytest.raises(settings.UserError, match="patience counts validations: set"):
+        run(c, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_size_are_refused(shapes, pretrained, tmp_path):
+    c = finetune_config(shapes)
+    c.init_from = str(pretrained)
+    c.model.encoder.width, c.model.encoder.mlp_dim = 64, 128
+    with pytest.raises(transfer.TransferError, match=r"does not fit the model \(encoder: .*'width': 32"):
+        run(c, tmp_path / "run")
+    c = finetune_config(shapes)
+    c.init_from = str(tmp_path / "nowhere")
+    with pytest.raises(settings.UserError, match="holds no model"):
+        run(c, tmp_path / "other")
+
+
+def test_heads_are_kept_for_the_same_classes_only(undisturbed):
+    workdir, _ = undisturbed
+    config = vm.load(workdir).config
+    names = [
+        "/".join(key)
+        for key in transfer.flatten_dict(nnx.to_pure_dict(nnx.state(vm.load(workdir), nnx.Param)))
+    ]
+    same = transfer.read(workdir, config, names)
+    assert same.fresh == []
+    other = dataclasses.replace(config, classes=(*config.classes[:-1], "other"))
+    kept = transfer.read(workdir, other, names)
+    assert kept.fresh == ["head/bias", "head/kernel"]
+    assert kept.unused == ["head/bias", "head/kernel"]
+
+
+def test_few_videos_per_class(shapes):
+    c = finetune_config(shapes)
+    c.data.max_videos_per_class = 2
+    opened = splits.open_splits(c)
+    assert [opened.train.labels.count(label) for label in range(8)] == [2] * 8
+    assert len(opened.test) == 8

@@ -1,0 +1,131 @@
+"""Probes: features are computed once, survive a kill, and tell classes apart where they can."""
+
+import json
+import time
+
+import clips
+import numpy as np
+import pytest
+from conftest import load_config, mesh_of
+
+from videomae_jax import config as settings
+from videomae_jax.data import pipeline, prepared
+from videomae_jax.interop import export
+from videomae_jax.training import features, loop, testing
+
+
+@pytest.fixture(scope="module")
+def weights(shapes, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "pretrained"
+    c = load_config("debug", f"data={shapes}")
+    c.optim.duration = 4
+    loop.run(c, workdir, time.time())
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Three classes that any features tell apart: dark, grey and bright noise."""
+    folder = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 4)):
+        for name, level in (("bright", 200), ("dark", 20), ("grey", 110)):
+            for i in range(count):
+                noise = rng.integers(0, 30, (10, 32, 32, 3), dtype=np.uint8)
+                clips.write(folder / split / name / f"{i}.mp4", noise + np.uint8(level))
+    return folder
+
+
+def probe_config(data, weights, kind):
+    c = load_config("debug", f"data={data},task=probe")
+    c.init_from, c.probe.kind = str(weights), kind
+    return c
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear", "attentive"])
+def test_each_probe(weights, colours, tmp_path, kind):
+    c = probe_config(colours, weights, kind)
+    c.probe.epochs = 60
+    if kind == "attentive":
+        c.probe.lr = 0.1
+    summary = loop.run(c, tmp_path, time.time())
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert result == summary["evaluation"]
+    assert (result["videos"], result["probe"]) == (12, kind)
+    assert result["top1"] > 0.9
+    assert (tmp_path / "predictions.csv").exists()
+
+
+def test_features_are_computed_once_and_kept(weights, colours, tmp_path, monkeypatch, capsys):
+    loop.run(probe_config(colours, weights, "knn"), tmp_path, time.time())
+    monkeypatch.setattr(testing.Evaluator, "batches", None)
+    loop.run(probe_config(colours, weights, "linear"), tmp_path, time.time())
+    assert "24 of 24 features of train_pooled are there" in capsys.readouterr().out
+
+
+def test_features_of_other_weights_are_computed_anew(weights, colours, shapes, tmp_path):
+    c = probe_config(colours, weights, "knn")
+    loop.run(c, tmp_path, time.time())
+    before = np.load(tmp_path / "features" / "train_pooled" / "values.npy")
+    other = load_config("debug", f"data={shapes}")
+    other.optim.duration, other.seed = 4, 1
+    loop.run(other, tmp_path / "other", time.time())
+    c.init_from = str(tmp_path / "other")
+    loop.run(c, tmp_path, time.time())
+    after = np.load(tmp_path / "features" / "train_pooled" / "values.npy")
+    assert before.shape == after.shape == (24, 2, 32)
+    assert np.abs(before.astype(np.float32) - after).max() > 0.01
+
+
+def test_a_killed_extraction_goes_on(weights, colours, tmp_path, monkeypatch):
+    source = prepared.open_source(str(colours), "train")
+    c = probe_config(colours, weights, "knn")
+    c.evaluate.batch_videos = 4
+    frozen = features.Frozen(str(weights), export.load(weights), per_token=False)
+    views = pipeline.TestViews(8, 1, (32, 32), 2, 1)
+    args = (frozen, source, views, c, mesh_of(1))
+    whole = features.extract(*args, tmp_path / "whole")
+    assert whole.records.tolist() == list(range(24))
+    plain, computed = testing.Evaluator.batches, []
+
+    def dying(self, params, start=0):
+        for i, part in enumerate(plain(self, params, start)):
+            computed.append(part.records.tolist())
+            yield part
+            if len(computed) == 3 and i == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(features, "_SAVED_EVERY", 2)
+    monkeypatch.setattr(testing.Evaluator, "batches", dying)
+    with pytest.raises(KeyboardInterrupt):
+        features.extract(*args, tmp_path / "killed")
+    again = features.extract(*args, tmp_path / "killed")
+    np.testing.assert_array_equal(again.values, whole.values)
+    assert again.records.tolist() == whole.records.tolist()
+    assert len(computed) == 3 + 4  # two of six batches were on record, so four came again
+
+
+def test_a_video_that_cannot_be_decoded_is_left_out(weights, colours, tmp_path, capsys):
+    copy = tmp_path / "colours"
+    for path in colours.rglob("*.mp4"):
+        (copy / path.relative_to(colours)).parent.mkdir(parents=True, exist_ok=True)
+        (copy / path.relative_to(colours)).write_bytes(path.read_bytes())
+    (copy / "test" / "dark" / "broken.mp4").write_bytes(b"nothing")
+    summary = loop.run(probe_config(copy, weights, "knn"), tmp_path / "run", time.time())
+    assert (summary["evaluation"]["videos"], summary["evaluation"]["videos_failed"]) == (12, 1)
+    assert "dark/broken.mp4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "text"),
+    [
+        ("probe", {"kind": "mlp"}, "probe.kind='mlp' is unknown: use knn, linear, attentive"),
+        ("head", {"kind": "regression"}, "probes name classes"),
+        (None, {"init_from": ""}, "a probe needs trained weights"),
+    ],
+)
+def test_wrong_probes(weights, colours, tmp_path, section, change, text):
+    c = probe_config(colours, weights, "linear")
+    (c[section] if section else c).update(change)
+    with pytest.raises(settings.UserError, match=text):
+        loop.run(c, tmp_path, time.time())

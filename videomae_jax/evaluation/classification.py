@@ -1,0 +1,106 @@
+"""How good predictions are: views merged, then one number per video counted once. NumPy, float64."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+def merge_views(outputs: Float[np.ndarray, "B V K"], head: str) -> Float[np.ndarray, "B K"]:
+    """One score per video and class from the outputs of its views, float64.
+
+    As published the mean over views of the softmax; of the sigmoid for "multilabel", of the values for
+    "regression".
+
+    >>> merge_views(np.array([[[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]), "softmax").round(4).tolist()
+    [[0.4995, 0.3413, 0.1592]]
+    """
+    x = np.asarray(outputs, np.float64)
+    if head == "softmax":
+        x = np.exp(x - x.max(axis=-1, keepdims=True))
+        x = x / x.sum(axis=-1, keepdims=True)
+    elif head == "multilabel":
+        x = np.exp(-np.logaddexp(0, -x))
+    return x.mean(axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Merged scores of the videos that could be decoded, and the truth.
+
+    Attributes:
+        records: place of each video in its source, ascending, each once.
+        values: float64, see `merge_views`.
+        labels: class of each video; -1: unknown.
+        targets: of "multilabel" and "regression", else [B, 0].
+    """
+
+    records: Int[np.ndarray, " B"]
+    values: Float[np.ndarray, "B K"]
+    labels: Int[np.ndarray, " B"]
+    targets: Float[np.ndarray, "B J"]
+
+    def metrics(self, head: str) -> dict[str, float]:
+        """The figures of a kind of head, as fractions.
+
+        "softmax": top1, top5, mean_class_accuracy (over classes that have videos), loss. "multilabel":
+        mean_average_precision. "regression": mean_squared_error, mean_absolute_error, r2.
+        """
+        if head == "multilabel":
+            return {"mean_average_precision": mean_average_precision(self.values, self.targets)}
+        if head == "regression":
+            error = self.values - self.targets
+            spread = ((self.targets - self.targets.mean(axis=0)) ** 2).mean()
+            squared = float((error**2).mean())
+            return {
+                "mean_squared_error": squared,
+                "mean_absolute_error": float(np.abs(error).mean()),
+                "r2": float(1 - squared / spread) if spread else float("nan"),
+            }
+        known = self.labels >= 0
+        values, labels = self.values[known], self.labels[known]
+        ranks = label_ranks(values, labels)
+        right = ranks == 0
+        per_class = [right[labels == label].mean() for label in np.unique(labels)]
+        chosen = values[np.arange(len(labels)), labels]
+        return {
+            "top1": float(right.mean()),
+            "top5": float((ranks < 5).mean()),
+            "mean_class_accuracy": float(np.mean(per_class)),
+            "loss": float(-np.log(np.maximum(chosen, 1e-300)).mean()),
+        }
+
+    def confusion(self) -> Int[np.ndarray, "K K"]:
+        """Videos by (class, predicted class)."""
+        classes = self.values.shape[1]
+        known = self.labels >= 0
+        pairs = self.labels[known] * classes + self.values[known].argmax(axis=1)
+        return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def label_ranks(values: Float[np.ndarray, "B K"], labels: Int[np.ndarray, " B"]) -> Int[np.ndarray, " B"]:
+    """How many classes come before the label's by score; of equal scores the lower class comes first."""
+    own = values[np.arange(len(labels)), labels][:, None]
+    before = np.arange(values.shape[1]) < labels[:, None]
+    return ((values > own) | ((values == own) & before)).sum(axis=1)
+
+
+def mean_average_precision(scores: Float[np.ndarray, "B K"], targets: Float[np.ndarray, "B K"]) -> float:
+    """Mean over classes of the average precision; classes without a positive video are left out.
+
+    >>> mean_average_precision(np.array([[0.9], [0.8], [0.1]]), np.array([[1.0], [0.0], [1.0]]))
+    0.8333333333333333
+    """
+    precisions = []
+    for score, target in zip(scores.T, targets.T, strict=True):
+        hits = target[np.argsort(-score, kind="stable")]
+        if hits.any():
+            precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+            precisions.append((precision * hits).sum() / hits.sum())
+    return float(np.mean(precisions))
+
+
+def is_at_chance(accuracy: float, labels: Int[np.ndarray, " B"]) -> bool:
+    """Whether always naming the most frequent class is as good, within two standard deviations of luck."""
+    share = np.bincount(labels[labels >= 0]).max() / len(labels)
+    return bool(accuracy <= share + 2 * np.sqrt(share * (1 - share) / len(labels)))

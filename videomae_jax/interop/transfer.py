@@ -1,0 +1,96 @@
+"""A classifier's start from trained weights: a complete backbone or nothing, and an account of every name."""
+
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from videomae_jax.interop import export
+from videomae_jax.models.heads import ClassifierConfig
+
+_SAME = ("tubelet", "encoder", "pixel_mean", "pixel_std", "norm_epsilon")
+
+
+class TransferError(ValueError):
+    """Weights that do not fit the model that should start from them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """Weights for a classifier to start from.
+
+    Attributes:
+        params: nested dict of the parameters that were matched.
+        matched, fresh, unused: names that were taken, that stay as initialised, and that have no use.
+    """
+
+    params: dict[str, Any]
+    matched: list[str]
+    fresh: list[str]
+    unused: list[str]
+
+    def __str__(self) -> str:
+        fresh, unused = (", ".join(_folded(names)) or "none" for names in (self.fresh, self.unused))
+        return f"{len(self.matched)} arrays taken; fresh: {fresh}; unused: {unused}"
+
+
+def read(path: str | os.PathLike, config: ClassifierConfig, names: list[str]) -> Transfer:
+    """Reads what a classifier of `config` with the parameters `names` ("encoder/embed/kernel", ...) can use.
+
+    The backbone must be there whole. The final norm is taken from a classifier with the same pooling; from a
+    pretraining model it is for pooling "first" only (with "mean" the published norm starts fresh). The head
+    is taken only from a classifier with the same classes and kind of head.
+
+    Raises:
+        ExportError: `path` holds no model.
+        TransferError: weights of another size or kind, naming what differs.
+    """
+    model = export.load(path)
+    theirs = model.config
+    differences = [
+        f"{name}: {_plain(getattr(theirs, name))} there, {_plain(getattr(config, name))} here"
+        for name in _SAME
+        if getattr(theirs, name) != getattr(config, name)
+    ]
+    if differences:
+        raise TransferError(
+            f"{path} does not fit the model ({'; '.join(differences)}): choose the size= that it was trained "
+            f"with, or other weights"
+        )
+    tree: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    found = {"/".join(key): np.asarray(value) for key, value in flatten_dict(tree).items()}
+    is_classifier = isinstance(theirs, ClassifierConfig)
+    if not is_classifier and config.pooling == "first":
+        found |= {
+            name.removeprefix("encoder/"): found.pop(name) for name in list(found) if "encoder/norm" in name
+        }
+    has_norm = theirs.pooling == config.pooling if is_classifier else config.pooling == "first"
+    has_head = is_classifier and (theirs.classes, theirs.head) == (config.classes, config.head)
+    wanted = [
+        name
+        for name in names
+        if name.startswith("encoder/")
+        or (name.startswith("norm/") and has_norm)
+        or (name.startswith("head/") and has_head)
+    ]
+    absent = sorted(set(wanted) - set(found))
+    if absent:
+        raise TransferError(f"{path} lacks {len(absent)} arrays of the model, the first is {absent[0]}")
+    return Transfer(
+        params=unflatten_dict({tuple(name.split("/")): found[name] for name in wanted}),
+        matched=sorted(wanted),
+        fresh=sorted(set(names) - set(wanted)),
+        unused=sorted(set(found) - set(wanted)),
+    )
+
+
+def _folded(names: list[str]) -> list[str]:
+    """The distinct parents, such as decoder/blocks for all that is below it."""
+    return sorted({"/".join(name.split("/")[:2]) for name in names})
+
+
+def _plain(value: Any) -> str:
+    return str(value) if not dataclasses.is_dataclass(value) else str(vars(value))

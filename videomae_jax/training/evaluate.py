@@ -1,0 +1,96 @@
+"""The command `evaluate`: the multi-view test of a trained classifier, as published."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+from flax import nnx
+
+from videomae_jax import config as settings
+from videomae_jax import sharding
+from videomae_jax.apps import predictions
+from videomae_jax.config import Config, UserError
+from videomae_jax.data import sources
+from videomae_jax.interop import export
+from videomae_jax.models.heads import ClassifierConfig
+from videomae_jax.training import report, splits, tasks, testing
+from videomae_jax.training.finetune import Finetune, summarize
+
+
+def run(config: Config, workdir: pathlib.Path, checkpoint: str) -> dict[str, Any]:
+    """Tests a classifier on `evaluate.split` and writes evaluation.json, predictions.csv and confusion.png.
+
+    Args:
+        checkpoint: export, checkpoint or work folder; "" for WORKDIR/best, or WORKDIR where there is none.
+
+    Raises:
+        UserError: no classifier, videos that cannot be decoded (unless allowed), or settings that do not fit.
+        SourceError: videos of a class that the classifier does not know.
+    """
+    config = settings.resolve(config)
+    if config.task != "finetune":
+        raise UserError(f"evaluate tests classifiers, not task={config.task}: use configs/finetune.py")
+    is_best = not checkpoint and (workdir / "best").is_dir()
+    path = checkpoint or str(workdir / "best" if is_best else workdir)
+    made = export.read_config(path)
+    if not isinstance(made, ClassifierConfig):
+        raise UserError(
+            f"{path} holds a pretraining model, which has no trained head: finetune it first (train "
+            f"--config=configs/finetune.py --config.init_from={path})"
+        )
+    if made.head != config.head.kind:
+        raise UserError(
+            f"the model in {path} has a {made.head} head, the settings say {config.head.kind}: set "
+            f"--config.head.kind={made.head}"
+        )
+    planned = tasks.make_task(config, weights=path)
+    assert isinstance(planned, Finetune)
+    source = _source(config, made, path)
+    # The weights decide what they are; the settings, how large clips are and how they are computed.
+    use = {
+        name: getattr(planned.model, name)
+        for name in ("clip_size", "position_grid", "position_resize", "compute")
+    }
+    task = dataclasses.replace(planned, model=dataclasses.replace(made, **use))
+    try:
+        mesh = sharding.make_mesh(**config.mesh)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    views = task.test_views(config.evaluate.segments, config.evaluate.crops)
+    report.say(
+        f"evaluate: {len(source)} videos, {views.segments} x {views.crops} views, {path}, {task.describe()}"
+    )
+    params: Any = nnx.to_pure_dict(nnx.state(export.load(path), nnx.Param))
+    params = jax.device_put(params, sharding.replicated(mesh))
+    outputs = testing.Evaluator(task.outputs, source, views, config, mesh).run(params)
+    if outputs.num_failed and not config.evaluate.allow_failed:
+        first = next(iter(outputs.failed.values()), "")
+        raise UserError(
+            f"{outputs.num_failed} of {len(source)} videos cannot be decoded, the first is {first}: mend or "
+            f"remove them, or report the others with --config.evaluate.allow_failed=true"
+        )
+    result = summarize(outputs, source, views, made.head) | {
+        "checkpoint": str(path),
+        "split": config.evaluate.split,
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    predictions.write(workdir, result, outputs.scores(source, made.head), source)
+    report.say(f"{predictions.line(result)}; see {workdir / 'evaluation.json'}")
+    return result
+
+
+def _source(config: Config, made: ClassifierConfig, path: str) -> sources.Source:
+    """The videos to test, labelled by the classes of the model."""
+    if config.evaluate.split == "all":
+        source = splits.open_all(config)
+    else:
+        videos = splits.open_splits(config)
+        source = videos.test if config.evaluate.split == "test" else videos.validation
+    missing = set(source.classes) - set(made.classes)
+    if missing and len(source.classes) != len(made.classes) and config.evaluate.split != "all":
+        raise UserError(
+            f"{config.data.path} has {len(source.classes)} classes, the model in {path} "
+            f"{len(made.classes)}, and {min(missing)!r} is not among them: use the data set of its training"
+        )
+    return sources.relabel(source, made.classes, f"the model in {path}")

@@ -1,0 +1,118 @@
+"""Features of frozen weights, computed once and kept on disk; a killed run goes on where it was."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
+
+from videomae_jax import sharding
+from videomae_jax.config import Config
+from videomae_jax.data import pipeline
+from videomae_jax.data.sources import Source
+from videomae_jax.models.heads import VideoClassifier
+from videomae_jax.models.mae import VideoMAE
+from videomae_jax.training import report, testing
+
+_SAVED_EVERY = 50  # batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A trained model as a function to features.
+
+    Attributes:
+        path: where it comes from.
+        per_token: all tokens [N, D] of a clip, else their mean [D].
+    """
+
+    path: str
+    model: VideoMAE | VideoClassifier
+    per_token: bool
+
+    @property
+    def parts(self) -> tuple[Any, Any]:
+        """(graphdef, parameters as a nested dict)."""
+        graphdef, state = nnx.split(self.model)
+        return graphdef, nnx.to_pure_dict(state)
+
+    def features(self, params: Any, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B ..."]:
+        """Features after the final norm, float16: half the space on disk, three digits."""
+        model = nnx.merge(self.parts[0], params)
+        if isinstance(model, VideoClassifier):
+            found = model.tokens(video) if self.per_token else model.raw_features(video)
+        else:
+            tokens = model.encode_all(video).astype(jnp.float32)
+            found = tokens if self.per_token else tokens.mean(axis=1)
+        return found.astype(jnp.float16)
+
+    def identity(self) -> str:
+        """A hash of the parameters and of how they are used."""
+        digest = hashlib.sha256(repr((self.model.config, self.per_token)).encode())
+        for leaf in jax.tree.leaves(self.parts[1]):
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Features of the videos of a source that could be decoded.
+
+    Attributes:
+        values: float16 [B, V, ...], a file on disk.
+        records: place of each video in the source.
+        failed: id -> why it could not be decoded.
+    """
+
+    values: np.ndarray
+    records: np.ndarray
+    failed: dict[str, str]
+
+
+def extract(
+    frozen: Frozen,
+    source: Source,
+    views: pipeline.TestViews,
+    config: Config,
+    mesh: Mesh,
+    folder: pathlib.Path,
+) -> Features:
+    """Features of every view of every video, from `folder` where they were computed before.
+
+    `values.npy` is filled batch by batch, `done.json` tells how many; another model, source or kind of view
+    begins anew.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluator = testing.Evaluator(frozen.features, source, views, config, mesh)
+    identity = f"{frozen.identity()} {source.fingerprint()} {views} {evaluator.batch_videos}"
+    done = {"identity": identity, "batches": 0, "records": [], "failed": {}}
+    path, values = folder / "done.json", None
+    if path.exists() and json.loads(path.read_text())["identity"] == identity:
+        done = json.loads(path.read_text())
+        values = np.lib.format.open_memmap(folder / "values.npy", mode="r+")
+        report.say(f"{len(done['records'])} of {len(source)} features of {folder.name} are there")
+    total = -(-len(source) // evaluator.batch_videos)
+    params = jax.device_put(frozen.parts[1], sharding.replicated(mesh))
+    if done["batches"] < total:
+        for outputs in evaluator.batches(params, start=done["batches"]):
+            if values is None:
+                shape = (len(source), *outputs.values.shape[1:])
+                values = np.lib.format.open_memmap(folder / "values.npy", "w+", np.float16, shape)
+            values[outputs.records] = outputs.values
+            done["batches"] += 1
+            done["records"] += outputs.records.tolist()
+            done["failed"] |= outputs.failed
+            if done["batches"] % _SAVED_EVERY == 0 or done["batches"] == total:
+                values.flush()
+                report.write_json(path, done)
+                report.say(f"features of {folder.name}: {len(done['records'])} of {len(source)} videos")
+    records = np.asarray(done["records"], np.int64)
+    assert values is not None
+    return Features(values if len(records) == len(source) else values[records], records, done["failed"])

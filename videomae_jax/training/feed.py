@@ -1,0 +1,112 @@
+"""From the loader to the devices: batches ahead of their reader, and the account of videos that fail."""
+
+import collections
+import dataclasses
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from videomae_jax import sharding
+from videomae_jax.config import Config, UserError
+from videomae_jax.data import pipeline, processes
+from videomae_jax.data.sources import Source
+from videomae_jax.training import report
+from videomae_jax.training.step import Batch
+
+_AHEAD = 2  # batches on the device beyond the one in use
+
+
+class TrainingError(Exception):
+    """Training cannot go on, and not because of a setting; exit status 1."""
+
+
+def loader_size(config: Config) -> tuple[int, int, str]:
+    """(processes, threads in each, the reason) that the settings and this machine give."""
+    return pipeline.loader_size(config.data.workers, config.data.threads, processes.usable_cores())
+
+
+def prefetch(
+    dataset: grain.MapDataset,
+    source: Source,
+    host_videos: int,
+    mesh: jax.sharding.Mesh,
+    *,
+    workers: int,
+    threads: int,
+    by_video: bool = False,
+) -> Generator[tuple[Batch, dict[str, np.ndarray]]]:
+    """Yields (global arrays, host-only fields) to the end, `_AHEAD` later batches already on their way.
+
+    Batches of a source with targets have them as `target`, float32. `by_video`: see `pipeline.iterate`.
+    """
+    sizes = {"workers": workers, "threads": threads}
+    iterator = pipeline.iterate(dataset, host_videos, by_video=by_video, **sizes)
+    targets = np.asarray(source.targets, np.float32)
+    queue: collections.deque = collections.deque()
+    try:
+        while True:
+            while len(queue) <= _AHEAD and (local := _next(iterator)):
+                host_fields = {name: local.pop(name) for name in pipeline.HOST_ONLY}
+                host_fields["index"] = local["index"]
+                if source.targets:
+                    local["target"] = targets[host_fields["record"]]
+                queue.append((sharding.global_batch(mesh, local), host_fields))
+            if not queue:
+                return
+            yield queue.popleft()
+    finally:
+        iterator.close()
+
+
+def _next(iterator: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """The next batch; empty at the end."""
+    try:
+        return next(iterator, {})
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise TrainingError(
+            "a loader process was killed, perhaps for want of memory: the same command resumes from the last "
+            "checkpoint; fewer processes (--config.data.workers) need less memory"
+        ) from None
+
+
+@dataclasses.dataclass
+class BadVideos:
+    """Names and counts the videos that could not be decoded, and stops the run above a limit.
+
+    Attributes:
+        max_fraction: of the source's videos.
+        reasons: id -> why.
+    """
+
+    source: Source
+    max_fraction: float
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def count(self, host_fields: dict[str, np.ndarray]) -> None:
+        """Looks through a batch.
+
+        Raises:
+            UserError: too many videos of the source are bad.
+        """
+        for record, error in zip(host_fields["record"], host_fields["error"], strict=True):
+            video = self.source.ids[record]
+            if not error or video in self.reasons:
+                continue
+            self.reasons[video] = str(error)
+            fraction = len(self.reasons) / len(self.source)
+            if fraction > self.max_fraction:
+                raise UserError(
+                    f"{len(self.reasons)} of {len(self.source)} videos cannot be decoded, the last is "
+                    f"{error}: remove or replace it, or allow more with --config.data.max_bad_fraction="
+                    f"{_round_up(fraction)} (now {self.max_fraction})"
+                )
+            report.say(f"bad video, trained without it: {error}")
+
+
+def _round_up(fraction: float) -> float:
+    return int(fraction * 100 + 1) / 100

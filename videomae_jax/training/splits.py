@@ -1,0 +1,124 @@
+"""The videos of a run: training, validation and test, and what training on their labels needs of them."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+
+from videomae_jax.config import Config, UserError
+from videomae_jax.data import moving_shapes, prepared, processes, sources
+from videomae_jax.data.sources import Source
+from videomae_jax.training import report
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """Videos by use; without a part of its own `test` is `validation`. Both label by `train.classes`."""
+
+    train: Source
+    validation: Source
+    test: Source
+
+
+def open_splits(config: Config) -> Splits:
+    """The videos of `data.path`; generates moving_shapes where it is named.
+
+    Where there is no validation part, it is taken from the training videos; a set too small for that has its
+    training videos in its place.
+
+    Raises:
+        SourceError: nothing to read, or a class that the training videos lack.
+        UserError: no path; labels that are missing where the task needs them.
+    """
+    data, needs_labels = config.data, config.task != "pretrain"
+    path = _path(config)
+    train = prepared.open_source(path, "train", config.head.kind)
+    if prepared.has_split(path, "validation"):
+        validation = prepared.open_source(path, "validation", config.head.kind)
+    elif prepared.has_split(path, "test") and needs_labels:
+        validation = prepared.open_source(path, "test", config.head.kind)
+    else:
+        train, validation = sources.hold_out(train, data.held_out)
+        if not len(validation):
+            instead = "pictures show training clips" if not needs_labels else "training videos validate"
+            report.say(f"{len(train)} videos are too few to hold any out: {instead}")
+            validation = train
+    if not needs_labels:
+        return Splits(train, validation, validation)
+    has_test = prepared.has_split(path, "test")
+    test = prepared.open_source(path, "test", config.head.kind) if has_test else validation
+    train = _few(train, data.max_videos_per_class)
+    if config.debug.overfit:
+        train = train.select(spread(len(train), config.debug.overfit))
+        validation = test = train
+    elif config.head.kind != "regression":
+        _check_labels(path, train)
+    return Splits(train, sources.relabel(validation, train.classes), sources.relabel(test, train.classes))
+
+
+def open_all(config: Config) -> Source:
+    """Every video of a `data.path` without parts. Raises as `open_splits`."""
+    path = _path(config)
+    if prepared.has_split(path, "train"):
+        raise UserError(f"{path} is divided: evaluate.split=all is for a folder or list that is not")
+    return prepared.open_source(path, "train", config.head.kind)
+
+
+def _path(config: Config) -> str:
+    if not config.data.path:
+        raise UserError(
+            "data.path is empty: name a folder of videos, a CSV list, prepared data, or moving_shapes"
+        )
+    is_generated = config.data.path == "moving_shapes"
+    return str(_moving_shapes(config.data.generate)) if is_generated else config.data.path
+
+
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` of `total` places, evenly spread, so that every class folder has its share."""
+    count = min(total, count)
+    return [i * total // count for i in range(count)]
+
+
+def _few(train: Source, per_class: int) -> Source:
+    """At most `per_class` videos of each class, chosen by the hash of their ids; all for 0."""
+    if not per_class:
+        return train
+    kept: list[int] = []
+    for label in sorted(set(train.labels)):
+        of_class = [i for i, other in enumerate(train.labels) if other == label]
+        of_class.sort(key=lambda i: hashlib.sha256(train.ids[i].encode()).digest())
+        kept += of_class[:per_class]
+    return train.select(sorted(kept))
+
+
+def _check_labels(path: str, train: Source) -> None:
+    """Refuses training videos without labels, and classes without training videos."""
+    if train.targets:
+        used = {name for name, *column in zip(train.classes, *train.targets, strict=True) if any(column)}
+    else:
+        if min(train.labels) < 0:
+            first = train.ids[train.labels.index(-1)]
+            raise UserError(
+                f"{path}: {train.labels.count(-1)} of {len(train)} training videos have no label, the first "
+                f"is {first}: put each video into the folder of its class, or list it with its label"
+            )
+        used = {train.classes[label] for label in train.labels}
+    empty = sorted(set(train.classes) - used)
+    if empty:
+        raise UserError(
+            f"{path}: {len(empty)} of {len(train.classes)} classes have no training video, the first is "
+            f"{empty[0]!r}: add videos, or leave the class out"
+        )
+    if len(train.classes) == 1 and not train.targets:
+        raise UserError(f"{path} has one class, {train.classes[0]!r}: a classifier needs two or more")
+
+
+def _moving_shapes(generate: Config) -> pathlib.Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = pathlib.Path(cache, "videomae_jax")
+    report.say(f"moving_shapes: {generate.videos} training videos, cached in {folder}")
+    spec = moving_shapes.MovingShapes(**generate)
+    try:
+        return moving_shapes.generate(spec, folder, processes=processes.usable_cores())
+    except ValueError as error:
+        raise UserError(f"data.generate: {error}") from None
