@@ -13,7 +13,7 @@ from videomae_jax.training import report
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """Videos by use; without a part of its own `test` is `validation`. Both label by `train.classes`."""
+    """Videos by use, labelled by `train.classes`; without a labelled part `test` is `validation`."""
 
     train: Source
     validation: Source
@@ -45,8 +45,13 @@ def open_splits(config: Config) -> Splits:
             validation = train
     if not needs_labels:
         return Splits(train, validation, validation)
+    if not validation.targets and max(validation.labels) < 0:
+        raise UserError(f"{path}: no validation video has a label: validation needs some that do")
     has_test = prepared.has_split(path, "test")
     test = prepared.open_source(path, "test", config.head.kind) if has_test else validation
+    if not test.targets and max(test.labels) < 0:
+        report.say(f"{path}: the test part has no labels, so the validation part is tested")
+        test = validation
     train = _few(train, data.max_videos_per_class)
     if config.debug.overfit:
         train = train.select(spread(len(train), config.debug.overfit))
