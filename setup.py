@@ -27,6 +27,8 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
+        "pyarrow>=14",
+        "safetensors>=0.4",
         "tensorboardX>=2.6.4",
         "tensorflow-datasets>=4.9.8",
         "tqdm>=4.66",
@@ -37,7 +39,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "beam": ["apache-beam>=2.70"],  # pins older libraries: an environment of its own
         "viz": ["tensorboard"],
-        "torch": ["decord>=0.6", "torch", "transformers>=4.40", "safetensors>=0.4"],
+        "torch": ["decord>=0.6", "torch", "transformers>=4.40"],
         "dev": [
             "beartype>=0.19",
             "hypothesis>=6.100",
@@ -45,7 +47,6 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
-            "safetensors>=0.4",
         ],
     },
     entry_points={"console_scripts": ["videomae_jax = videomae_jax.cli:entry"]},

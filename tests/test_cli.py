@@ -23,7 +23,7 @@ def use(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["trian"], "unknown command 'trian': use train, evaluate, prepare, reconstruct"),
+        (["trian"], "unknown command 'trian': use train, evaluate, embed, predict, convert, prepare"),
         (["train", DEBUG], "train needs --workdir=...; see train --help"),
         (["train", "--workdir=W"], "train needs --config=..."),
         (["train", "--workdir=W", "--config=nowhere.py"], "no file nowhere.py"),

@@ -18,7 +18,7 @@ MAY = {
     "data": {"data"},
     "evaluation": {"evaluation", "models"},
     "interop": {"interop", "models"},
-    "apps": {"apps", "config", "data", "evaluation", "interop", "models"},
+    "apps": {"apps", "config", "data", "evaluation", "interop", "models", "sharding"},
     "training": {
         *("training", "apps", "config", "data", "evaluation", "interop", "models", "sharding"),
     },

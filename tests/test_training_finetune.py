@@ -76,7 +76,7 @@ def test_a_finetuning_run_leaves_what_it_promises(undisturbed):
     assert {"data", "first step", "steps", "test"} <= set(summary["seconds"])
     meta = export.read_metadata(workdir / "best")
     assert meta["validation"]["step"] == best["step"]
-    assert meta["model"]["classes"][0] == "anticlockwise"
+    assert meta["model"]["classes"][0] == "down"
     assert json.loads((workdir / "evaluation.json").read_text()) == summary["test"]["best"]
     rows = list(csv.DictReader((workdir / "predictions.csv").read_text().splitlines()))
     assert len(rows) == len({row["id"] for row in rows}) == 8
@@ -422,6 +422,16 @@ def test_wrong_data(shapes, tmp_path):
     with_classes(shapes, divided / "validation", ["a", "c"])
     with pytest.raises(sources.SourceError, match="class 'c', which is not among the 2 classes of the"):
         run(finetune_config(divided), tmp_path / "run")
+    listed.write_text("videos/a/0.mp4 x\nvideos/b/1.mp4 y\n")
+    for part, label in (("train", "{}"), ("val", ""), ("test", "")):
+        lines = [f"{empty}/{name}/0.mp4,{label.format(name)}" for name in ("a", "b")]
+        (tmp_path / f"{part}.csv").write_text("path,label\n" + "\n".join(lines))
+    with pytest.raises(settings.UserError, match="no validation video has a label"):
+        run(finetune_config(tmp_path), tmp_path / "run")
+    (tmp_path / "val.csv").write_text((tmp_path / "train.csv").read_text())
+    opened = splits.open_splits(finetune_config(tmp_path))
+    assert opened.test is not None
+    assert opened.test.labels == opened.validation.labels == (0, 1)
     c = finetune_config(empty, patience=2)
     c.evaluate.every = 0
     with pytest.raises(settings.UserError, match="patience counts validations: set"):

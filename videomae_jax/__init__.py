@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from videomae_jax.interop.export import load, save
+    from videomae_jax.interop.export import save
+    from videomae_jax.interop.weights import export_torch, load
     from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
     from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
     from videomae_jax.models.masking import frame_mask, random_mask, tube_mask
@@ -16,6 +17,7 @@ __all__ = [
     "VideoClassifier",
     "VideoMAE",
     "VideoMAEConfig",
+    "export_torch",
     "frame_mask",
     "load",
     "random_mask",
@@ -24,7 +26,8 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("load", "save"), "interop.export"),
+    "save": "interop.export",
+    **dict.fromkeys(("export_torch", "load"), "interop.weights"),
     **dict.fromkeys(("ClassifierConfig", "VideoClassifier"), "models.heads"),
     **dict.fromkeys(("VideoMAE", "VideoMAEConfig"), "models.mae"),
     **dict.fromkeys(("frame_mask", "random_mask", "tube_mask"), "models.masking"),

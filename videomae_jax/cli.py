@@ -16,6 +16,9 @@ _USAGE = """usage: python -m videomae_jax COMMAND [--flag=value ...]
   train        --config=configs/small.py --workdir=DIR     train any task; resumes by itself
   evaluate     --config=... --workdir=DIR                  multi-view test of a finetuned classifier
   reconstruct  VIDEO --checkpoint=PATH --out=FILE          picture of a masked clip (.gif, .mp4, .png)
+  embed        VIDEO_OR_FOLDER --checkpoint=PATH --out=FILE features of windows (.npz, .parquet)
+  predict      VIDEO_OR_FOLDER --checkpoint=PATH          classes by name, from any classifier
+  convert      SRC DST --layout=orbax|hf|official          weights from and to other layouts
   prepare      SRC DST                                     videos to shards that are fast to read; --check
 
 COMMAND --help lists its flags; --debug shows the traceback of an error."""
@@ -78,6 +81,61 @@ def _reconstruct_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("seed", 0, "Of the mask.", flag_values=values)
 
 
+def _embed(values: Any, arguments: list[str], _started: float) -> None:
+    _compile_cache()
+    from videomae_jax.apps import embed
+
+    names = ("stride", "step", "per_token", "batch")
+    options = embed.Options(**{name: getattr(values, name) for name in names})
+    summary = embed.run(arguments[0], values.checkpoint, values.out, options)
+    failed = f", {summary['videos_failed']} could not be decoded" if summary["videos_failed"] else ""
+    print(f"{values.out}: {summary['windows']} windows of {summary['videos']} videos{failed}")
+
+
+def _embed_flags(values: flags.FlagValues) -> None:
+    number = flags.DEFINE_integer
+    flags.DEFINE_string("checkpoint", None, "Weights of any layout.", flag_values=values)
+    flags.DEFINE_string("out", None, "File to write: .npz or .parquet.", flag_values=values)
+    number("stride", 0, "Frames between frames; default as trained.", flag_values=values)
+    number("step", 0, "Frames between windows; default: no overlap.", flag_values=values)
+    flags.DEFINE_bool("per_token", False, "Every token, not their mean.", flag_values=values)
+    number("batch", 8, "Windows at once.", flag_values=values)
+
+
+def _predict(values: Any, arguments: list[str], _started: float) -> None:
+    _compile_cache()
+    from videomae_jax.apps import predict
+
+    names = ("top", "segments", "crops", "out")
+    for row in predict.run(
+        arguments[0], values.checkpoint, **{name: getattr(values, name) for name in names}
+    ):
+        classes = "  ".join(f"{c['name']} {c['score']:.3f}" for c in row["classes"])
+        print(f"{row['id']}: {classes or row['error']}")
+
+
+def _predict_flags(values: flags.FlagValues) -> None:
+    number = flags.DEFINE_integer
+    flags.DEFINE_string("checkpoint", None, "Classifier of any layout.", flag_values=values)
+    flags.DEFINE_string("out", "", "JSON file to write too.", flag_values=values)
+    number("top", 5, "Classes to name.", flag_values=values)
+    number("segments", 5, "Clips spread over the video.", flag_values=values)
+    number("crops", 3, "Crops of each clip.", flag_values=values)
+
+
+def _convert(values: Any, arguments: list[str], _started: float) -> None:
+    from videomae_jax.interop import weights
+
+    source, target = arguments
+    model = weights.convert(source, target, values.layout)
+    print(f"{target}: {type(model).__name__}, layout {values.layout}, {model.config}")
+
+
+def _convert_flags(values: flags.FlagValues) -> None:
+    help_text = "orbax (ours), hf (a Hugging Face folder) or official (a .safetensors file)."
+    flags.DEFINE_string("layout", "orbax", help_text, flag_values=values)
+
+
 def _prepare(values: Any, arguments: list[str], _started: float) -> None:
     from videomae_jax.apps import prepare
 
@@ -106,6 +164,9 @@ def _prepare_flags(values: flags.FlagValues) -> None:
 _COMMANDS: dict[str, tuple[Callable, Sequence[str], Sequence[str], Callable]] = {
     "train": (_train_flags, (), ("config", "workdir"), _train),
     "evaluate": (_evaluate_flags, (), ("config", "workdir"), _evaluate),
+    "embed": (_embed_flags, ("VIDEO_OR_FOLDER",), ("checkpoint", "out"), _embed),
+    "predict": (_predict_flags, ("VIDEO_OR_FOLDER",), ("checkpoint",), _predict),
+    "convert": (_convert_flags, ("SRC", "DST"), (), _convert),
     "prepare": (_prepare_flags, ("SRC", "DST"), (), _prepare),
     "reconstruct": (_reconstruct_flags, ("VIDEO",), ("checkpoint", "out"), _reconstruct),
 }
@@ -128,9 +189,12 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from videomae_jax.data.prepare import PrepareError
     from videomae_jax.data.sources import SourceError
     from videomae_jax.interop.export import ExportError
+    from videomae_jax.interop.torch_file import TorchFileError
+    from videomae_jax.interop.torch_weights import WeightsError
     from videomae_jax.interop.transfer import TransferError
 
-    return UserError, DecodeError, PrepareError, SourceError, ExportError, TransferError
+    weights = (ExportError, TorchFileError, TransferError, WeightsError)
+    return UserError, DecodeError, PrepareError, SourceError, *weights
 
 
 def main(started: float) -> int:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from videomae_jax.config import UserError
 from videomae_jax.data import augment, decode, sampling
 from videomae_jax.evaluation import reconstruction
-from videomae_jax.interop import export
+from videomae_jax.interop import weights
 from videomae_jax.models import masking, tubelets
 from videomae_jax.models.mae import VideoMAE
 
@@ -214,13 +214,13 @@ def run(
     path = pathlib.Path(out)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"--out={out} has an unknown suffix: use {', '.join(SUFFIXES)}")
-    recipe = {"normalize_target": True, **export.read_metadata(checkpoint)["recipe"]}
+    recipe = {"normalize_target": True, **weights.read_recipe(checkpoint)}
     given = {"mask": mask, "mask_ratio": mask_ratio, "stride": stride}
     recipe |= {name: value for name, value in given.items() if value}
     missing = [name for name in given if name not in recipe]
     if missing:
         raise UserError(f"{checkpoint} does not say how it was trained: give --{missing[0]}")
-    model = export.load(checkpoint)
+    model = weights.load(checkpoint)
     if not isinstance(model, VideoMAE):
         raise UserError(
             f"{checkpoint} holds a classifier, which reconstructs nothing: pass a pretraining model"

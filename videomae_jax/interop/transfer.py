@@ -8,10 +8,10 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from videomae_jax.interop import export
+from videomae_jax.interop import weights
 from videomae_jax.models.heads import ClassifierConfig
 
-_SAME = ("tubelet", "encoder", "pixel_mean", "pixel_std", "norm_epsilon")
+_SAME = ("tubelet", "encoder", "pixel_mean", "pixel_std")
 
 
 class TransferError(ValueError):
@@ -48,7 +48,7 @@ def read(path: str | os.PathLike, config: ClassifierConfig, names: list[str]) ->
         ExportError: `path` holds no model.
         TransferError: weights of another size or kind, naming what differs.
     """
-    model = export.load(path)
+    model = weights.load(path)
     theirs = model.config
     differences = [
         f"{name}: {_plain(getattr(theirs, name))} there, {_plain(getattr(config, name))} here"

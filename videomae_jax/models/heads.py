@@ -54,7 +54,8 @@ class VideoClassifier(nnx.Module):
         self.config = config
         self.encoder = vit.Trunk(config, rngs, vit.NORMAL)
         # The published fc_norm, or with pooling "first" the trunk's final norm; small enough for float32.
-        self.norm = vit.layer_norm(width, config.norm_epsilon, "float32", rngs)
+        epsilon = config.final_norm_epsilon or config.norm_epsilon
+        self.norm = vit.layer_norm(width, epsilon, "float32", rngs)
         self.head = vit.linear(width, len(config.classes), "float32", rngs, vit.NORMAL)
         self.head.kernel[...] = self.head.kernel[...] * config.head_scale
 

@@ -15,9 +15,15 @@ from videomae_jax.models.tubelets import Grid
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoMAEConfig(vit.BackboneConfig):
-    """Everything that fixes a VideoMAE's shapes and arithmetic: the backbone's, and the decoder's sizes."""
+    """Everything that fixes a VideoMAE's shapes and arithmetic: the backbone's fields, and these.
 
-    decoder: vit.Stack
+    Attributes:
+        decoder: its sizes; None: an encoder alone, which predicts nothing.
+        encoder_norm: whether the encoder ends with a LayerNorm, as published.
+    """
+
+    decoder: vit.Stack | None
+    encoder_norm: bool = True
 
 
 class Encoder(vit.Trunk):
@@ -25,15 +31,16 @@ class Encoder(vit.Trunk):
 
     def __init__(self, config: VideoMAEConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs, vit.XAVIER)
-        self.norm = vit.layer_norm(config.encoder.width, config.norm_epsilon, config.compute.dtype, rngs)
+        if config.encoder_norm:
+            self.norm = vit.layer_norm(config.encoder.width, config.norm_epsilon, config.compute.dtype, rngs)
 
 
 class Decoder(nnx.Module):
     """Projection to the decoder's width, mask token, blocks, final LayerNorm and pixel head."""
 
-    def __init__(self, config: VideoMAEConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VideoMAEConfig, sizes: vit.Stack, rngs: nnx.Rngs):
         c, dtype = config, config.compute.dtype
-        width, voxels = c.decoder.width, math.prod(c.tubelet) * c.channels
+        width, voxels = sizes.width, math.prod(c.tubelet) * c.channels
         # Not covered by the published Xavier pass: U(+-1/sqrt(D)), the framework's default.
         bound = 1 / math.sqrt(c.encoder.width)
         shape = (c.encoder.width, width)
@@ -41,8 +48,8 @@ class Decoder(nnx.Module):
         # Published as normal(0.02) cut at +-0.02, that is at one sigma.
         token = jax.random.truncated_normal(rngs.params(), -1.0, 1.0, (width,))
         self.mask_token = nnx.Param(0.02 * token)
-        self.blocks = vit.make_blocks(c.decoder, c.norm_epsilon, c.layer_scale, dtype, rngs, vit.XAVIER)
-        self.norm = vit.layer_norm(width, c.norm_epsilon, dtype, rngs)
+        self.blocks = vit.make_blocks(sizes, c.norm_epsilon, c.layer_scale, dtype, rngs, vit.XAVIER)
+        self.norm = vit.layer_norm(width, c.final_norm_epsilon or c.norm_epsilon, dtype, rngs)
         self.head = vit.linear(width, voxels, dtype, rngs, vit.XAVIER)
 
 
@@ -67,7 +74,8 @@ class VideoMAE(nnx.Module):
     def __init__(self, config: VideoMAEConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.encoder = Encoder(config, rngs)
-        self.decoder = Decoder(config, rngs)
+        if config.decoder is not None:
+            self.decoder = Decoder(config, config.decoder, rngs)
 
     def _check(self, video: jax.Array) -> Grid:
         tubelets.check_video(video, self.config.channels)
@@ -92,7 +100,8 @@ class VideoMAE(nnx.Module):
         raw = tubelets.take(tubelets.patchify(video, c.tubelet), visible)
         pixels = tubelets.normalize_pixels(raw, c.pixel_mean, c.pixel_std)
         positions = self._positions(grid, c.encoder.width)[visible]
-        return self.encoder.norm(self.encoder(pixels, positions, keys))
+        tokens = self.encoder(pixels, positions, keys)
+        return self.encoder.norm(tokens) if c.encoder_norm else tokens
 
     def encode_all(self, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B N D"]:
         """As `encode_visible` with every tubelet visible."""
@@ -108,6 +117,10 @@ class VideoMAE(nnx.Module):
         keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B M P"]:
         """Predicts the hidden tubelets from encoded visible ones; float32, in the order of `hidden`."""
+        if self.config.decoder is None:
+            raise ValueError(
+                "this model is an encoder alone: it can encode, but has no decoder to predict with"
+            )
         x = tokens @ self.decoder.project[...].astype(tokens.dtype)
         table = self._positions(grid, self.config.decoder.width).astype(x.dtype)
         masks = self.decoder.mask_token[...].astype(x.dtype) + table[hidden]

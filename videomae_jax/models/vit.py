@@ -84,6 +84,7 @@ class BackboneConfig:
         pixel_mean, pixel_std: per channel, of pixels scaled to 0..1; their length is the channel count.
         position_grid: tubelet grid that the weights were first made with; None: that of `clip_size`.
         position_resize: table for another grid, "recompute" (published) or "interpolate".
+        norm_epsilon: of every LayerNorm; `final_norm_epsilon` of the one before a head, where it differs.
         layer_scale: initial layer-scale factor; 0 leaves layer scale out, as published.
         drop_path: largest stochastic-depth rate of every stack of blocks.
     """
@@ -96,6 +97,7 @@ class BackboneConfig:
     position_grid: Grid | None = None
     position_resize: str = "recompute"
     norm_epsilon: float = 1e-6
+    final_norm_epsilon: float | None = None
     layer_scale: float = 0.0
     drop_path: float = 0.0
     compute: Compute = dataclasses.field(default_factory=Compute)
@@ -144,7 +146,7 @@ class BackboneConfig:
         """
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in data.items()}
         for name, kind in (("encoder", Stack), ("decoder", Stack), ("compute", Compute)):
-            if name in fields:
+            if fields.get(name) is not None:
                 fields[name] = kind(**fields[name])
         return cls(**fields)
 

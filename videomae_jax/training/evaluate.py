@@ -12,7 +12,7 @@ from videomae_jax import sharding
 from videomae_jax.apps import predictions
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import sources
-from videomae_jax.interop import export
+from videomae_jax.interop import weights
 from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.training import report, splits, tasks, testing
 from videomae_jax.training.finetune import Finetune, summarize
@@ -33,7 +33,7 @@ def run(config: Config, workdir: pathlib.Path, checkpoint: str) -> dict[str, Any
         raise UserError(f"evaluate tests classifiers, not task={config.task}: use configs/finetune.py")
     is_best = not checkpoint and (workdir / "best").is_dir()
     path = checkpoint or str(workdir / "best" if is_best else workdir)
-    made = export.read_config(path)
+    made = weights.read_config(path)
     if not isinstance(made, ClassifierConfig):
         raise UserError(
             f"{path} holds a pretraining model, which has no trained head: finetune it first (train "
@@ -61,7 +61,7 @@ def run(config: Config, workdir: pathlib.Path, checkpoint: str) -> dict[str, Any
     report.say(
         f"evaluate: {len(source)} videos, {views.segments} x {views.crops} views, {path}, {task.describe()}"
     )
-    params: Any = nnx.to_pure_dict(nnx.state(export.load(path), nnx.Param))
+    params: Any = nnx.to_pure_dict(nnx.state(weights.load(path), nnx.Param))
     params = jax.device_put(params, sharding.replicated(mesh))
     outputs = testing.Evaluator(task.outputs, source, views, config, mesh).run(params)
     if outputs.num_failed and not config.evaluate.allow_failed:

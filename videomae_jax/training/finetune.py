@@ -140,6 +140,8 @@ class Finetune:
             for video in outputs.failed.keys() - said:
                 report.say(f"bad video, validated without it: {outputs.failed[video]}")
             said.update(outputs.failed)
+            if not len(outputs.records):
+                raise UserError(f"none of the {len(validation)} validation videos can be decoded")
             scores = outputs.scores(validation, self.model.head)
             found = {f"validation_{name}": x for name, x in scores.metrics(self.model.head).items()}
             is_luck = self.model.head == "softmax" and classification.is_at_chance(

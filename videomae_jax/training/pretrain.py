@@ -99,6 +99,7 @@ class Pretrain:
     def describe(self) -> str:
         """The model in half a line."""
         encoder, decoder, grid = self.model.encoder, self.model.decoder, self.model.grid
+        assert decoder is not None
         visible, hidden = masking.counts(self.mask, grid, self.mask_ratio)
         return (
             f"encoder {encoder.width}x{encoder.depth}, decoder {decoder.width}x{decoder.depth}, "

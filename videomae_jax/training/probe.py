@@ -18,7 +18,7 @@ from videomae_jax.config import Config, UserError
 from videomae_jax.data import pipeline
 from videomae_jax.evaluation import neighbours
 from videomae_jax.evaluation.classification import Scores, merge_views
-from videomae_jax.interop import export
+from videomae_jax.interop import weights
 from videomae_jax.models import heads
 from videomae_jax.training import features, optim, report, splits, tasks
 
@@ -44,7 +44,7 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
     if not config.init_from:
         raise UserError("a probe needs trained weights: set --config.init_from=WORKDIR or an export")
     mesh = tasks.make_mesh(config)
-    frozen = features.Frozen(config.init_from, export.load(config.init_from), per_token=kind == "attentive")
+    frozen = features.Frozen(config.init_from, weights.load(config.init_from), per_token=kind == "attentive")
     videos = splits.open_splits(config)
     clip = (config.data.frames, config.data.stride, tuple(config.data.size))
     views = pipeline.TestViews(*clip, config.evaluate.segments, 1)

@@ -10,7 +10,7 @@ from videomae_jax.config import Config, UserError
 from videomae_jax.data import randaugment
 from videomae_jax.data.sources import Source
 from videomae_jax.evaluation import reconstruction
-from videomae_jax.interop import export
+from videomae_jax.interop import weights as stored
 from videomae_jax.models import masking, tubelets
 from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.mae import VideoMAEConfig
@@ -94,7 +94,7 @@ def _pretrain(config: Config) -> Pretrain:
 
 def _finetune(config: Config, train: Source | None, weights: str) -> Finetune:
     head, augment, loss = config.head, config.augment, config.loss
-    made = export.read_config(weights) if weights else None
+    made = stored.read_config(weights) if weights else None
     model = ClassifierConfig.from_dict(
         backbone(config)
         | {
@@ -103,8 +103,13 @@ def _finetune(config: Config, train: Source | None, weights: str) -> Finetune:
             "pooling": head.pooling,
             "head_dropout": head.dropout,
             "head_scale": head.scale,
-            "position_grid": made and (made.position_grid or made.grid),
         }
+        # What a backbone was made with stays with it.
+        | (
+            {"position_grid": made.position_grid or made.grid, "norm_epsilon": made.norm_epsilon}
+            if made
+            else {}
+        )
     )
     if model.position_grid == model.grid:
         model = dataclasses.replace(model, position_grid=None)

@@ -1,0 +1,493 @@
+"""PyTorch weights in and out: published numbers, bit-exact round trips, files that are not what they say."""
+
+import argparse
+import collections
+import io
+import json
+import os
+import pickle
+import re
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+import videomae_jax as vm
+from videomae_jax.interop import export, torch_file, torch_weights, weights
+from videomae_jax.models import vit
+
+HEADS = {"num_heads": 3, "decoder_num_heads": 2}
+
+
+def relative_error(ours, theirs) -> float:
+    theirs = np.asarray(theirs)
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+def params_of(model) -> dict:
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+@pytest.mark.parametrize("file", ["pretrain_weights.safetensors", "pretrain_checkpoint.pth"])
+def test_official_pretraining(golden, file):
+    expected = load_file(golden / "pretrain_expected.safetensors")
+    model = vm.load(golden / file, **HEADS)
+    video, mask = jnp.asarray(expected["video_u8"]), jnp.asarray(expected["mask"])
+    assert relative_error(model(video, mask), expected["prediction"]) < 1e-5
+    assert relative_error(model.encode(video, mask), expected["encoder_out"]) < 1e-5
+    assert relative_error(model.loss(video, mask), expected["loss"]) < 1e-5
+
+
+@pytest.mark.parametrize("file", ["finetune_weights.safetensors", "finetune_checkpoint.pth"])
+def test_official_finetuning(golden, file):
+    expected = load_file(golden / "finetune_expected.safetensors")
+    model = vm.load(golden / file, num_heads=3)
+    video = jnp.asarray(expected["video_u8"])
+    assert relative_error(model(video), expected["logits"]) < 1e-5
+    assert relative_error(model.features(video), expected["features"]) < 1e-5
+
+
+def test_hugging_face(golden):
+    expected = load_file(golden / "hf_expected.safetensors")
+    video, mask = jnp.asarray(expected["video_u8"]), jnp.asarray(expected["mask"])
+    model = vm.load(golden / "hf_pretrain")
+    assert relative_error(model(video, mask), expected["pretrain_logits"]) < 1e-5
+    assert relative_error(model.loss(video, mask), expected["pretrain_loss"]) < 1e-5
+    classifier = vm.load(golden / "hf_classify")
+    assert relative_error(classifier(video), expected["classify_logits"]) < 1e-5
+    assert classifier.config.classes == tuple(f"LABEL_{i}" for i in range(7))
+
+
+def newer_names(tensors: dict) -> dict:
+    """The other spelling of Hugging Face's biases, with a zero key bias."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        short = re.sub(r"\.q_bias$", ".query.bias", re.sub(r"\.v_bias$", ".value.bias", name))
+        renamed[short] = tensor
+        if short != name:
+            renamed[name[: -len("q_bias")] + "key.bias"] = np.zeros_like(tensor)
+    return renamed
+
+
+def hf_folder(golden, folder, change):
+    """A copy of the Hugging Face classifier with other tensors."""
+    folder.mkdir()
+    (folder / "config.json").write_bytes((golden / "hf_classify" / "config.json").read_bytes())
+    save_file(change(load_file(golden / "hf_classify" / "model.safetensors")), folder / "model.safetensors")
+    return folder
+
+
+def test_both_spellings_of_hugging_face_biases(golden, tmp_path):
+    other = vm.load(hf_folder(golden, tmp_path / "new", newer_names))
+    jax.tree.map(np.testing.assert_array_equal, params_of(other), params_of(vm.load(golden / "hf_classify")))
+
+    def poison(tensors):
+        tensors = newer_names(tensors)
+        tensors["videomae.encoder.layer.1.attention.attention.key.bias"][3] = 1e-3
+        return tensors
+
+    with pytest.raises(
+        torch_weights.WeightsError, match=r"layer\.1\.attention\.attention\.key\.bias is not zero"
+    ):
+        vm.load(hf_folder(golden, tmp_path / "bad", poison))
+
+
+def test_a_sharded_hugging_face_folder(golden, tmp_path):
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((golden / "hf_classify" / "config.json").read_bytes())
+    tensors = load_file(golden / "hf_classify" / "model.safetensors")
+    index = {}
+    for part, names in enumerate((sorted(tensors)[:20], sorted(tensors)[20:])):
+        file = f"model-{part}.safetensors"
+        save_file({name: tensors[name] for name in names}, folder / file)
+        index |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    plain = vm.load(golden / "hf_classify")
+    jax.tree.map(np.testing.assert_array_equal, params_of(vm.load(folder)), params_of(plain))
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(export.ExportError, match="names files that are not there"):
+        vm.load(folder)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "encoder.", "module.", "_orig_mod.", "module.backbone."])
+def test_prefixes_of_official_files(golden, tmp_path, prefix):
+    tensors = load_file(golden / "finetune_weights.safetensors")
+    file = tmp_path / "weights.safetensors"
+    save_file({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, file)
+    plain = vm.load(golden / "finetune_weights.safetensors", num_heads=3)
+    jax.tree.map(np.testing.assert_array_equal, params_of(vm.load(file, num_heads=3)), params_of(plain))
+
+
+def test_an_encoder_alone_encodes_and_refuses_to_predict(golden, tmp_path):
+    tensors = load_file(golden / "pretrain_weights.safetensors")
+    expected = load_file(golden / "pretrain_expected.safetensors")
+    file = tmp_path / "encoder.safetensors"
+    save_file({name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}, file)
+    model = vm.load(file, num_heads=3)
+    video, mask = jnp.asarray(expected["video_u8"]), jnp.asarray(expected["mask"])
+    assert relative_error(model.encode(video, mask), expected["encoder_out"]) < 1e-5
+    with pytest.raises(ValueError, match="is an encoder alone: it can encode, but has no decoder"):
+        model(video, mask)
+
+
+def test_heads_are_inferred_for_published_widths_only(golden):
+    with pytest.raises(
+        torch_weights.WeightsError, match=r"heads of its 48 wide blocks: pass num_heads=\.\.\."
+    ):
+        vm.load(golden / "finetune_weights.safetensors")
+    with pytest.raises(torch_weights.WeightsError, match=r"pass decoder_num_heads=\.\.\."):
+        vm.load(golden / "pretrain_weights.safetensors", num_heads=3)
+
+
+@pytest.mark.parametrize(
+    ("file", "heads"),
+    [("pretrain_weights.safetensors", HEADS), ("finetune_weights.safetensors", {"num_heads": 3})],
+)
+def test_official_round_trips(golden, tmp_path, file, heads):
+    """official -> ours -> official and official -> ours -> Hugging Face -> ours -> official, bit for bit."""
+    theirs = load_file(golden / file)
+    model = vm.load(golden / file, **heads)
+    vm.export_torch(model, tmp_path / "same.safetensors", layout="official")
+    vm.export_torch(model, tmp_path / "hf", layout="hf")
+    vm.save(model, tmp_path / "orbax")
+    through_hf, through_orbax = vm.load(tmp_path / "hf"), vm.load(tmp_path / "orbax")
+    vm.export_torch(through_hf, tmp_path / "hf.safetensors", layout="official")
+    vm.export_torch(through_orbax, tmp_path / "orbax.safetensors", layout="official")
+    for name in ("same", "hf", "orbax"):
+        found = load_file(tmp_path / f"{name}.safetensors")
+        assert found.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            assert found[key].dtype == tensor.dtype
+            assert found[key].tobytes() == tensor.tobytes(), key
+
+
+@pytest.mark.parametrize("name", ["hf_pretrain", "hf_classify"])
+def test_hugging_face_round_trip(golden, tmp_path, name):
+    theirs = load_file(golden / name / "model.safetensors")
+    vm.export_torch(vm.load(golden / name), tmp_path / "back", layout="hf")
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    assert found.keys() == theirs.keys()
+    assert all(found[key].tobytes() == tensor.tobytes() for key, tensor in theirs.items())
+    config, original = (
+        json.loads((d / "config.json").read_text()) for d in (tmp_path / "back", golden / name)
+    )
+    same = (
+        "image_size",
+        "num_frames",
+        "patch_size",
+        "hidden_size",
+        "num_attention_heads",
+        "use_mean_pooling",
+    )
+    assert all(config[key] == original[key] for key in same)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_files(golden, tmp_path, dtype):
+    tensors = load_file(golden / "finetune_weights.safetensors")
+    file = tmp_path / "half.safetensors"
+    save_file({name: tensor.astype(dtype) for name, tensor in tensors.items()}, file)
+    model = vm.load(file, num_heads=3)
+    kernel = tensors["head.weight"].astype(dtype).astype(np.float32).T
+    np.testing.assert_array_equal(model.head.kernel[...], kernel)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params_of(model))} == {jnp.dtype("float32")}
+
+
+@pytest.fixture(scope="module")
+def tensors(golden):
+    return load_file(golden / "pretrain_weights.safetensors")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_single_change_is_detected_and_named(tensors, tmp_path_factory, data):
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    kind = data.draw(st.sampled_from(["missing", "renamed", "reshaped", "integers", "extra"]))
+    changed = dict(tensors)
+    tensor = changed[name]
+    if kind == "missing":
+        del changed[name]
+    elif kind == "renamed":
+        changed[f"{name}_old"] = changed.pop(name)
+    elif kind == "reshaped":
+        changed[name] = np.concatenate([tensor, tensor], axis=0)
+    elif kind == "integers":
+        changed[name] = tensor.astype(np.int32)
+    else:
+        changed[f"{name}.extra"] = tensor
+    file = tmp_path_factory.mktemp("changed") / "w.safetensors"
+    save_file(changed, file)
+    with pytest.raises(torch_weights.WeightsError) as error:
+        vm.load(file, **HEADS)
+    text = str(error.value)
+    stack = re.sub(r"\.\d+\..*", "", name)
+    # Named itself, or as the block whose sizes can no longer be told; or the model is another one without it.
+    part = ("encoder_to_decoder", "patch_embed", "encoder.norm")
+    assert name.split(".weight")[0] in text or stack in text or any(word in name for word in part), text
+
+
+def test_a_large_checkpoint_maps_both_ways():
+    """The names and counts of the published files (fact sheet 9.6)."""
+    for size, decoder_depth, count in (
+        ("base", 4, 218),
+        ("large", 12, 478),
+        ("huge", 12, 582),
+        ("giant", 4, 582),
+    ):
+        of = vm.SIZES[size]
+        decoder = vit.Stack(of.decoder.width, decoder_depth, of.decoder.num_heads, of.decoder.mlp_dim)
+        backbone = {"clip_size": (16, 224, 224), "tubelet": (2, of.patch, of.patch), "encoder": of.encoder}
+        backbone |= {"pixel_mean": (0.5,) * 3, "pixel_std": (0.5,) * 3}
+        config = vm.VideoMAEConfig(**backbone, decoder=decoder)
+        assert len(list(torch_weights.table(config, "official"))) == count
+        finetuned = {"base": 162, "large": 318, "huge": 422, "giant": 526}[size]
+        classifier = vm.ClassifierConfig(**backbone, classes=("a", "b"))
+        assert len(list(torch_weights.table(classifier, "official"))) == finetuned
+
+
+# Files that are not what they say. A torch file is a zip with a pickle, so tests write both by hand.
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj):
+        return obj.pid if isinstance(obj, Reference) else None
+
+
+class Reference:
+    """A persistent id."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+
+class Call:
+    """Pickled as a call of a global."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def torch_pickle(content) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, 2).dump(content)
+    return buffer.getvalue()
+
+
+def raw(*parts: bytes) -> bytes:
+    return b"\x80\x02" + b"".join(parts) + b"."
+
+
+def write_zip(path, data: bytes, files=(), compression=zipfile.ZIP_STORED, name="archive/data.pkl"):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr(name, data)
+        for file, content in files:
+            archive.writestr(file, content)
+    return path
+
+
+STORAGE = b"\x8c\x07storagec" + b"torch\nFloatStorage\n"
+
+
+def tensor_pickle(count=4, offset=0, size=(4,), stride=(1,), key="0", kind="FloatStorage") -> bytes:
+    """A pickle {"w": tensor}, from opcodes: the globals need not exist here."""
+    number = lambda n: b"J" + int(n).to_bytes(4, "little", signed=True)  # noqa: E731
+    text = lambda s: b"X" + len(s).to_bytes(4, "little") + s.encode()  # noqa: E731
+    numbers = lambda values: b"(" + b"".join(map(number, values)) + b"t"  # noqa: E731
+    pid = (
+        b"("
+        + text("storage")
+        + f"ctorch\n{kind}\n".encode()
+        + text(key)
+        + text("cpu")
+        + number(count)
+        + b"tQ"
+    )
+    arguments = b"(" + pid + number(offset) + numbers(size) + numbers(stride) + b"\x89" + b"ccollections\n"
+    arguments += b"OrderedDict\n)Rt"
+    return raw(b"}", text("w"), b"ctorch._utils\n_rebuild_tensor_v2\n", arguments, b"R", b"s")
+
+
+FLOATS = ("archive/data/0", np.arange(4, dtype=np.float32).tobytes())
+
+
+def test_a_file_made_by_hand(tmp_path):
+    path = write_zip(tmp_path / "a.pth", tensor_pickle(), [FLOATS])
+    np.testing.assert_array_equal(torch_file.read(path)["w"], np.arange(4))
+    strided = write_zip(tmp_path / "b.pth", tensor_pickle(size=(2, 2), stride=(1, 2)), [FLOATS])
+    np.testing.assert_array_equal(torch_file.read(strided)["w"], [[0, 2], [1, 3]])
+
+
+def test_arguments_inside_become_plain_data(golden):
+    content = torch_file.read(golden / "pretrain_checkpoint.pth")
+    assert {"model", "optimizer", "args"} <= set(content)
+    assert type(content["args"]) is dict
+    assert all(isinstance(key, str) for key in content["args"])
+
+
+CANARY = "/tmp/videomae_jax_canary"
+HOSTILE = {
+    "os.system": torch_pickle(Call(os.system, f"touch {CANARY}")),
+    "eval": torch_pickle(Call(eval, f"open({CANARY!r}, 'w')")),
+    "exec": torch_pickle(Call(exec, f"open({CANARY!r}, 'w')")),
+    "open": torch_pickle(Call(open, CANARY, "w")),
+    "getattr": torch_pickle(Call(getattr, os, "system")) if False else raw(b"c__builtin__\ngetattr\n", b")R"),
+    "import": raw(b"c__builtin__\n__import__\n(X\x02\x00\x00\x00ostR"),
+    "subprocess": raw(b"csubprocess\nPopen\n(X\x04\x00\x00\x00truetR"),
+    "torch loader": raw(b"ctorch.hub\nload\n(X\x01\x00\x00\x00atR"),
+    "numpy": raw(b"cnumpy.core.multiarray\n_reconstruct\n)R"),
+    "nested in a dict": torch_pickle({"model": {"w": [Call(os.system, f"touch {CANARY}")]}}),
+    "in a key": torch_pickle({Call(os.getcwd): 1}),
+    "ordered dict of calls": torch_pickle(collections.OrderedDict(a=Call(os.system, f"touch {CANARY}"))),
+    "inst": raw(b"(X\x04\x00\x00\x00truei" + b"os\nsystem\n"),
+    "obj": raw(b"(cos\nsystem\nX\x04\x00\x00\x00trueo"),
+    "stack global": b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.",
+    "stack global by memo": b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94h\x00h\x01\x93\x8c\x04true\x85R.",
+    "extension registry": raw(b"\x82\x01"),
+    "dotted name": raw(b"cargparse\nNamespace.__init__\n)R"),
+    "namespace with a call": raw(b"cargparse\nNamespace\n)\x81}X\x01\x00\x00\x00acos\nsystem\nsb"),
+    "named persistent id": raw(b"Pwhatever\n"),
+    "other persistent id": raw(b"X\x01\x00\x00\x00aQ"),
+    "memo bomb": raw(b"Nr\xff\xff\xff\x7f"),
+    "buffer": b"\x80\x05\x97.",
+    "long text": raw(b"X\xff\xff\xff\x7fabc"),
+    "cut off": raw(b"}X\x01\x00\x00\x00a")[:-1],
+    "empty": b"",
+    "no pickle": b"hello",
+    "call of a type": raw(b"ctorch\nFloatStorage\n)R"),
+    "state of a tuple": raw(b"))b"),
+    "unknown operation": raw(b"\xff"),
+}
+LYING = {
+    "storage too small": (tensor_pickle(count=8), [FLOATS]),
+    "storage too large": (tensor_pickle(count=2, size=(2,)), [FLOATS]),
+    "storage absent": (tensor_pickle(key="7"), [FLOATS]),
+    "storage elsewhere": (tensor_pickle(key="../../etc/passwd"), [FLOATS]),
+    "storage of objects": (tensor_pickle(kind="OrderedDict"), [FLOATS]),
+    "size beyond the storage": (tensor_pickle(size=(5,)), [FLOATS]),
+    "offset beyond the storage": (tensor_pickle(offset=2), [FLOATS]),
+    "negative offset": (tensor_pickle(offset=-1), [FLOATS]),
+    "negative size": (tensor_pickle(size=(-4,)), [FLOATS]),
+    "negative stride": (tensor_pickle(stride=(-1,)), [FLOATS]),
+    "stride beyond the storage": (tensor_pickle(size=(2,), stride=(9,)), [FLOATS]),
+    "repeated element": (tensor_pickle(size=(2_000_000_000,), stride=(0,)), [FLOATS]),
+    "more sizes than strides": (tensor_pickle(size=(2, 2)), [FLOATS]),
+    "path that leaves the file": (tensor_pickle(), [FLOATS, ("../evil", b"x")]),
+    "absolute path": (tensor_pickle(), [FLOATS, ("/tmp/evil", b"x")]),
+    "two pickles": (tensor_pickle(), [FLOATS, ("other/data.pkl", tensor_pickle())]),
+    "big endian": (tensor_pickle(), [FLOATS, ("archive/byteorder", b"big")]),
+}
+
+
+@pytest.fixture
+def untouched(tmp_path):
+    """Nothing was run and no file was left anywhere."""
+    assert not os.path.exists(CANARY)
+    yield
+    assert not os.path.exists(CANARY)
+    assert [path.name for path in tmp_path.iterdir()] == ["evil.pth"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles_are_refused(tmp_path, name, untouched):
+    path = write_zip(tmp_path / "evil.pth", HOSTILE[name], [FLOATS])
+    for read in (torch_file.read, vm.load):
+        with pytest.raises(torch_file.TorchFileError) as error:
+            read(path)
+        assert "\n" not in str(error.value)
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", LYING)
+def test_lying_files_are_refused(tmp_path, name, untouched):
+    path = write_zip(tmp_path / "evil.pth", *LYING[name])
+    with pytest.raises(torch_file.TorchFileError):
+        torch_file.read(path)
+
+
+def test_zips_that_are_none(tmp_path, golden, untouched):
+    path = tmp_path / "evil.pth"
+    whole = (golden / "finetune_checkpoint.pth").read_bytes()
+    for cut in (10, 1000, len(whole) // 2, len(whole) - 5):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(torch_file.TorchFileError, match=r"damaged|refused"):
+            torch_file.read(path)
+    path.write_bytes(b"")
+    bomb = write_zip(path, tensor_pickle(), [("archive/data/0", b"\0" * 10_000_000)], zipfile.ZIP_DEFLATED)
+    with pytest.raises(torch_file.TorchFileError, match="is compressed, which PyTorch never does"):
+        torch_file.read(bomb)
+    path.write_bytes(pickle.dumps({"w": 1}))
+    with pytest.raises(torch_file.TorchFileError, match=r"before 1\.6: open it once with a newer PyTorch"):
+        torch_file.read(path)
+    write_zip(path, b"x", name="archive/constants.pkl")
+    with pytest.raises(torch_file.TorchFileError, match=r"no data\.pkl"):
+        torch_file.read(path)
+
+
+def test_flipped_bytes_never_crash(golden, tmp_path):
+    """Damage anywhere gives arrays or one refusal, nothing else."""
+    whole = bytearray((golden / "finetune_checkpoint.pth").read_bytes())
+    start = whole.find(b"data.pkl")
+    rng = np.random.default_rng(0)
+    path, refused = tmp_path / "evil.pth", 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for place in start + rng.integers(0, 12_000, 3):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            torch_file.read(path)
+        except torch_file.TorchFileError:
+            refused += 1
+    assert refused > 75
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda d: (d / "x.txt").write_text("hello"), "is no model: pass a .pth or .safetensors file"),
+        (lambda d: (d / "x.safetensors").write_bytes(b"\xff" * 40), "is damaged"),
+        (lambda d: save_file({"a": np.zeros(2)}, d / "x.safetensors"), "no tubelet embedding"),
+        (lambda d: (d / "config.json").write_text('{"model_type": "vit"}'), "of type vit, not videomae"),
+        (
+            lambda d: (d / "config.json").write_text('{"model_type": "videomae"}'),
+            "holds no model.safetensors",
+        ),
+    ],
+)
+def test_what_is_no_model(tmp_path, make, text):
+    make(tmp_path)
+    files = [path for path in tmp_path.iterdir() if path.name.startswith("x.")]
+    with pytest.raises(ValueError, match=re.escape(text)):
+        vm.load(files[0] if files else tmp_path)
+
+
+def test_convert(golden, tmp_path):
+    source = str(golden / "hf_classify")
+    model = weights.convert(source, str(tmp_path / "orbax"), "orbax")
+    assert isinstance(model, vm.VideoClassifier)
+    loaded = vm.load(tmp_path / "orbax")
+    assert loaded.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, params_of(loaded), params_of(model))
+    assert export.read_metadata(tmp_path / "orbax")["recipe"]["origin"]["source"] == source
+    with pytest.raises(torch_weights.WeightsError, match="layout 'onnx' is unknown: use official or hf"):
+        weights.convert(source, str(tmp_path / "x"), "onnx")
+    with pytest.raises(export.ExportError, match=r"name it \.safetensors"):
+        weights.convert(source, str(tmp_path / "x.pth"), "official")
+    with pytest.raises(export.ExportError, match="exists"):
+        weights.convert(source, str(tmp_path / "orbax"), "hf")
+
+
+def test_records_are_inert():
+    record = torch_file.Record()
+    record.__setstate__({"lr": 1.0})
+    assert record == {"lr": 1.0}
+    assert argparse.Namespace not in torch_file._GLOBALS.values()
