@@ -486,6 +486,52 @@ def test_convert(golden, tmp_path):
         weights.convert(source, str(tmp_path / "orbax"), "hf")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("layout", ["hf", "official"])
+def test_exports_in_half_precision(golden, tmp_path, dtype, layout):
+    out = tmp_path / ("out" if layout == "hf" else "out.safetensors")
+    model = weights.convert(str(golden / "hf_classify"), str(out), layout, dtype)
+    again = vm.load(out) if layout == "hf" else vm.load(out, num_heads=3)
+    rounded = jax.tree.map(lambda p: p.astype(dtype).astype(jnp.float32), params_of(model))
+    jax.tree.map(np.testing.assert_array_equal, params_of(again), rounded)
+    with pytest.raises(export.ExportError, match="an Orbax export holds float32"):
+        weights.convert(str(golden / "hf_classify"), str(tmp_path / "orbax"), "orbax", dtype)
+    with pytest.raises(export.ExportError, match="dtype 'int8' is unknown: use float32"):
+        weights.convert(str(golden / "hf_classify"), str(tmp_path / "x"), "hf", "int8")
+
+
+def test_other_models_and_several_candidates(golden, tmp_path):
+    tensors = load_file(golden / "finetune_weights.safetensors") | {
+        "pos_embed_spatial": np.zeros((1, 16, 48))
+    }
+    save_file(tensors, tmp_path / "st.safetensors")
+    with pytest.raises(torch_weights.WeightsError, match=r"weights of Meta's mae_st.*cannot be converted"):
+        vm.load(tmp_path / "st.safetensors", num_heads=3)
+    (tmp_path / "other.pth").write_bytes(b"PK")
+    with pytest.raises(export.ExportError, match=r"name one of other\.pth, st\.safetensors"):
+        vm.load(tmp_path)
+
+
+def test_transformers_reads_our_folders(golden, tmp_path):
+    """No key missing or left over, and the same numbers; needs the extra [torch]."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    expected = load_file(golden / "hf_expected.safetensors")
+    mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    pixels = (torch.from_numpy(expected["video_u8"]).permute(0, 1, 4, 2, 3).float() / 255 - mean) / std
+    for name, kind, extra, wanted in (
+        ("hf_classify", "VideoMAEForVideoClassification", {}, "classify_logits"),
+        ("hf_pretrain", "VideoMAEForPreTraining", {"bool_masked_pos": expected["mask"]}, "pretrain_logits"),
+    ):
+        vm.export_torch(vm.load(golden / name), tmp_path / name)
+        load = getattr(transformers, kind).from_pretrained
+        model, found = load(tmp_path / name, output_loading_info=True)
+        assert not found["missing_keys"]
+        assert not found["unexpected_keys"]
+        inputs = {key: torch.from_numpy(value) for key, value in extra.items()}
+        logits = model.eval()(pixels, **inputs).logits.detach().numpy()
+        assert relative_error(logits, expected[wanted]) < 1e-5
+
+
 def test_records_are_inert():
     record = torch_file.Record()
     record.__setstate__({"lr": 1.0})

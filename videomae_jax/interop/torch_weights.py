@@ -237,6 +237,11 @@ def clean(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
     Raises:
         WeightsError: something that is no tensor, or a key bias that is not zero.
     """
+    if any(name.endswith(("pos_embed_spatial", "decoder_pos_embed_spatial")) for name in tensors):
+        raise WeightsError(
+            "these are weights of Meta's mae_st, whose learned positions and class token a VideoMAE does not "
+            "have: they cannot be converted"
+        )
     found: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, np.ndarray):

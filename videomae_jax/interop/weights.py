@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import safetensors
 from flax import nnx
@@ -22,6 +23,12 @@ from videomae_jax.models.mae import VideoMAE
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of every published VideoMAE
 _CONTAINERS = ("model", "module", "state_dict")
+_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 def load(
@@ -40,6 +47,7 @@ def load(
         WeightsError: tensors that are not exactly those of a VideoMAE; the text names the first.
     """
     if not _is_torch(pathlib.Path(path)):
+        _check_folder(pathlib.Path(path))
         return export.load(path)
     config, layout, tensors = _open(pathlib.Path(path), num_heads, decoder_num_heads)
     kind: Any = VideoClassifier if isinstance(config, ClassifierConfig) else VideoMAE
@@ -57,6 +65,7 @@ def load(
 def read_config(path: str | os.PathLike) -> ModelConfig:
     """The config of the model that `load` would read. Raises as `load`."""
     if not _is_torch(pathlib.Path(path)):
+        _check_folder(pathlib.Path(path))
         return export.read_config(path)
     return _open(pathlib.Path(path), None, None)[0]
 
@@ -68,32 +77,40 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
     return export.read_metadata(path)["recipe"]
 
 
-def export_torch(model: Model, path: str | os.PathLike, layout: str = "hf") -> None:
-    """Writes a model for PyTorch, float32: "hf" a Hugging Face folder, "official" one .safetensors file.
+def export_torch(model: Model, path: str | os.PathLike, layout: str = "hf", dtype: str = "float32") -> None:
+    """Writes a model for PyTorch: "hf" a Hugging Face folder, "official" one .safetensors file.
+
+    Args:
+        dtype: of the tensors, "float32", "float16" or "bfloat16".
 
     Raises:
-        ExportError: the path exists.
+        ExportError: the path exists, or an unknown dtype.
         WeightsError: an unknown layout, or a model that it has no names for.
     """
     place = pathlib.Path(path)
     if place.exists():
         raise ExportError(f"{place} exists: choose another path or remove it")
+    if dtype not in DTYPES:
+        raise ExportError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}")
     if layout == "official" and place.suffix != ".safetensors":
         raise ExportError(f"{place}: the official layout is one file, name it .safetensors")
     params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     flat = {"/".join(key): np.asarray(value) for key, value in flatten_dict(params).items()}
     tensors = torch_weights.to_theirs(flat, model.config, layout)
+    if dtype != "float32":
+        tensors = {name: tensor.astype(DTYPES[dtype]) for name, tensor in tensors.items()}
     if layout == "official":
         place.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, place)
         return
     place.mkdir(parents=True)
-    (place / "config.json").write_text(json.dumps(_hf_config(model.config), indent=2) + "\n")
+    about = _hf_config(model.config) | {"dtype": dtype}
+    (place / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     save_file(tensors, place / "model.safetensors", {"format": "pt"})
 
 
-def convert(source: str, target: str, layout: str) -> Model:
-    """Reads any weights and writes them as "orbax", "hf" or "official".
+def convert(source: str, target: str, layout: str, dtype: str = "float32") -> Model:
+    """Reads any weights and writes them as "orbax" (always float32), "hf" or "official".
 
     An Orbax export keeps where it comes from: path, SHA-256 of a file, and its layout.
 
@@ -102,8 +119,10 @@ def convert(source: str, target: str, layout: str) -> Model:
     """
     model = load(source)
     if layout != "orbax":
-        export_torch(model, target, layout)
+        export_torch(model, target, layout, dtype)
         return model
+    if dtype != "float32":
+        raise ExportError(f"an Orbax export holds float32: {dtype} is for --layout=hf and official")
     place = pathlib.Path(source)
     origin = {"source": str(place), "sha256": _digest(place) if place.is_file() else ""}
     export.save(model, target, read_recipe(source) | {"origin": origin})
@@ -118,6 +137,13 @@ def _digest(path: pathlib.Path) -> str:
 def _is_torch(path: pathlib.Path) -> bool:
     """Whether a path is a file, or a folder of Hugging Face's and not a work folder."""
     return path.is_file() or ((path / "config.json").is_file() and not (path / "checkpoints").is_dir())
+
+
+def _check_folder(path: pathlib.Path) -> None:
+    """Refuses a folder of weight files that are not one model."""
+    files = sorted(file.name for ending in _SUFFIXES for file in path.glob(f"*{ending}"))
+    if files:
+        raise ExportError(f"{path} holds weight files and no config.json: name one of {', '.join(files[:5])}")
 
 
 def _open(
