@@ -99,9 +99,9 @@ def _tiny(c, data: str) -> None:
     c.model.tubelet = (2, 8, 8)
     c.model.encoder.update(vars(size.encoder))
     c.data.path = data
-    c.data.generate.update(size=48, frames=24, videos=2048)
+    c.data.generate.update(size=48, frames=32, videos=2048)
     c.data.update(frames=8, stride=3, size=(48, 48), batch_size=32)
     c.augment.update(policy="", flip=False, area=(0.5, 1.0), erasing=0.0, mix_probability=0.0)
     # From twice the pretraining rate no layer may lag: what tells the classes is not in the features yet.
     c.optim.update(lr=0.024, min_lr=0.0, duration=45, warmup=1, clip_norm=1.0)
-    c.evaluate.update(segments=2, crops=1, batch_videos=16)
+    c.evaluate.update(segments=5, crops=1, batch_videos=16)
