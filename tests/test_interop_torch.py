@@ -500,6 +500,22 @@ def test_exports_in_half_precision(golden, tmp_path, dtype, layout):
         weights.convert(str(golden / "hf_classify"), str(tmp_path / "x"), "hf", "int8")
 
 
+def test_other_clip_sizes_and_the_choice_that_is_kept(golden, tmp_path):
+    """32 frames of 96 pixels from 16 of 64: a table built anew, or the old one resampled; the export keeps it."""
+    video = np.random.default_rng(0).integers(0, 256, (1, 32, 96, 96, 3), dtype=np.uint8)
+    outputs = {}
+    for choice in vit.POSITION_RESIZE:
+        model = weights.convert(
+            str(golden / "hf_classify"), str(tmp_path / choice), "orbax", "float32", choice
+        )
+        assert vm.load(tmp_path / choice).config.position_resize == choice
+        assert model.config.grid == (8, 4, 4)
+        outputs[choice] = np.asarray(vm.load(tmp_path / choice)(jnp.asarray(video)))
+    assert np.abs(outputs["recompute"] - outputs["interpolate"]).max() > 1e-6
+    with pytest.raises(export.ExportError, match="unknown position_resize 'nearest'"):
+        vm.load(golden / "hf_classify", position_resize="nearest")
+
+
 def test_other_models_and_several_candidates(golden, tmp_path):
     tensors = load_file(golden / "finetune_weights.safetensors") | {
         "pos_embed_spatial": np.zeros((1, 16, 48))

@@ -127,7 +127,7 @@ def _convert(values: Any, arguments: list[str], _started: float) -> None:
     from videomae_jax.interop import weights
 
     source, target = arguments
-    model = weights.convert(source, target, values.layout, values.dtype)
+    model = weights.convert(source, target, values.layout, values.dtype, values.position_resize)
     print(f"{target}: {type(model).__name__}, layout {values.layout}, {model.config}")
 
 
@@ -135,6 +135,8 @@ def _convert_flags(values: flags.FlagValues) -> None:
     help_text = "orbax (ours), hf (a Hugging Face folder) or official (a .safetensors file)."
     flags.DEFINE_string("layout", "orbax", help_text, flag_values=values)
     flags.DEFINE_string("dtype", "float32", "Or float16, bfloat16 (hf, official).", flag_values=values)
+    help_text = "Positions for other clip sizes: recompute (published) or interpolate."
+    flags.DEFINE_string("position_resize", "recompute", help_text, flag_values=values)
 
 
 def _prepare(values: Any, arguments: list[str], _started: float) -> None:

@@ -1,5 +1,6 @@
 """Any weights to a model, and a model to any layout: Orbax exports, official files, Hugging Face folders."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -32,7 +33,10 @@ DTYPES: dict[str, np.dtype] = {
 
 
 def load(
-    path: str | os.PathLike, num_heads: int | None = None, decoder_num_heads: int | None = None
+    path: str | os.PathLike,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    position_resize: str = "recompute",
 ) -> Model:
     """Reads a model from whatever holds one; nothing in a file is ever run.
 
@@ -40,6 +44,8 @@ def load(
         path: an Orbax export, checkpoint or work folder; an official `.pth` or `.safetensors` file; a Hugging
             Face folder.
         num_heads, decoder_num_heads: for files that do not tell (official ones), of unpublished widths.
+        position_resize: table for other clip sizes, "recompute" (published) or "interpolate"; our own exports
+            keep their own.
 
     Raises:
         ExportError: it is none of these, or ambiguous.
@@ -50,6 +56,10 @@ def load(
         _check_folder(pathlib.Path(path))
         return export.load(path)
     config, layout, tensors = _open(pathlib.Path(path), num_heads, decoder_num_heads)
+    try:
+        config = dataclasses.replace(config, position_resize=position_resize)
+    except ValueError as error:
+        raise ExportError(str(error)) from None
     kind: Any = VideoClassifier if isinstance(config, ClassifierConfig) else VideoMAE
     graphdef, state = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
     leaves: dict[tuple[str, ...], Any] = flatten_dict(nnx.to_pure_dict(state))  # pyright: ignore
@@ -109,15 +119,17 @@ def export_torch(model: Model, path: str | os.PathLike, layout: str = "hf", dtyp
     save_file(tensors, place / "model.safetensors", {"format": "pt"})
 
 
-def convert(source: str, target: str, layout: str, dtype: str = "float32") -> Model:
+def convert(
+    source: str, target: str, layout: str, dtype: str = "float32", position_resize: str = "recompute"
+) -> Model:
     """Reads any weights and writes them as "orbax" (always float32), "hf" or "official".
 
-    An Orbax export keeps where it comes from: path, SHA-256 of a file, and its layout.
+    An Orbax export keeps `position_resize`, and where it comes from: path and SHA-256 of a file.
 
     Raises:
         ExportError, TorchFileError, WeightsError: see `load` and `export_torch`.
     """
-    model = load(source)
+    model = load(source, position_resize=position_resize)
     if layout != "orbax":
         export_torch(model, target, layout, dtype)
         return model
