@@ -501,7 +501,7 @@ def test_exports_in_half_precision(golden, tmp_path, dtype, layout):
 
 
 def test_other_clip_sizes_and_the_choice_that_is_kept(golden, tmp_path):
-    """32 frames of 96 pixels from 16 of 64: a table built anew, or the old one resampled; the export keeps it."""
+    """32 frames of 96 pixels from 16 of 64: a new table, or the old one resampled; the choice is kept."""
     video = np.random.default_rng(0).integers(0, 256, (1, 32, 96, 96, 3), dtype=np.uint8)
     outputs = {}
     for choice in vit.POSITION_RESIZE:
