@@ -25,7 +25,7 @@ def get_config(arg: str | None = None):
     c.data.path = f"data/{arg.data}" if arg.data in _STRIDES else arg.data
     c.data.held_out = 100_000  # a tenth, where there is no part for it
     if arg.size == "tiny":
-        c.data.generate.update(size=48, frames=32, videos=2048)
+        c.data.generate.update(size=48, frames=24, videos=2048)
         c.data.update(frames=8, stride=3, size=(48, 48))
         c.evaluate.update(segments=2, batch_videos=16)
         c.probe.num_heads = 4

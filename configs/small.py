@@ -31,7 +31,7 @@ def get_config(arg: str | None = None):
         c.mask.ratio = 0.75
         c.loss.normalize_target = False
         c.log.statistics = "raw"
-        c.data.generate.update(size=48, frames=32, videos=2048)
+        c.data.generate.update(size=48, frames=24, videos=2048)
         c.data.update(frames=8, stride=2, size=(48, 48), batch_size=16)
         c.optim.update(duration=2400, warmup=120, lr=0.064, min_lr=0.0, clip_norm=1.0)
         c.checkpoint.every = 600

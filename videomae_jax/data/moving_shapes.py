@@ -77,8 +77,8 @@ def _trajectory(
     phase = rng.uniform(0, 1)
     way = rng.uniform(0.5, 0.9) * size * span * time
     still = np.zeros_like(time)
-    change = {"grow": 0.8, "shrink": -0.8}.get(motion, 0.0) * span * time
-    radius = (0.07 + 0.28 * ((phase + change) % 1)) * size
+    change = {"grow": 0.9, "shrink": -0.9}.get(motion, 0.0) * span * time
+    radius = (0.06 + 0.32 * ((phase + change) % 1)) * size
     if motion in ("left", "right"):
         return y + still, x + (way if motion == "right" else -way), radius
     if motion in ("up", "down"):
