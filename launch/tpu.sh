@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# A Cloud TPU slice: makes it or takes the one that is there, installs these sources on every worker, runs one
+# command on all of them, brings their logs back, and begins again when the slice is preempted.
+#
+#   launch/tpu.sh NAME ZONE TYPE [--dry-run] COMMAND [flags]
+#   launch/tpu.sh pod us-west4-a v5litepod-64 train --config=configs/pretrain.py:size=base,data=k400 \
+#       --config.data.path=gs://BUCKET/k400 --workdir=/mnt/shared/runs/k400
+#
+# --dry-run prints every command instead of running it. The work folder must be one that all workers share.
+# VERSION names the runtime image, SPOT=1 asks for spot capacity, RESTARTS (100) limits new beginnings, LOGS
+# (logs/NAME) is where logs go. The slice stays when the command has ended:
+#   gcloud compute tpus tpu-vm delete NAME --zone=ZONE
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+if (($# < 4)); then
+  echo "launch/tpu.sh: use NAME ZONE TYPE [--dry-run] COMMAND [flags]; see the head of the script" >&2
+  exit 2
+fi
+name="$1" zone="$2" type="$3"
+shift 3
+dry_run=""
+if [[ "$1" == --dry-run ]]; then
+  dry_run=1
+  shift
+fi
+case "$type" in
+  v5litepod*) default_version=v2-alpha-tpuv5-lite ;;
+  v5p*) default_version=v2-alpha-tpuv5 ;;
+  v6e*) default_version=v2-alpha-tpuv6e ;;
+  *) default_version=tpu-ubuntu2204-base ;;
+esac
+version="${VERSION:-$default_version}"
+restarts="${RESTARTS:-100}"
+logs="${LOGS:-logs/$name}"
+
+run() {
+  if [[ -n "$dry_run" ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+tpu() { # tpu VERB [flags]: about this slice
+  run gcloud compute tpus tpu-vm "$1" "$name" --zone="$zone" "${@:2}"
+}
+
+state() { # READY, PREEMPTED, ...; nothing where there is no such slice
+  gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format='value(state)' 2>/dev/null || true
+}
+
+on_all() {
+  tpu ssh --worker=all --command="$1"
+}
+
+prepare() { # a slice that is ready, with these sources installed
+  local now=""
+  [[ -n "$dry_run" ]] || now="$(state)"
+  case "$now" in
+    READY) ;;
+    "") tpu create --accelerator-type="$type" --version="$version" ${SPOT:+--spot} ;;
+    *)
+      tpu delete --quiet
+      tpu create --accelerator-type="$type" --version="$version" ${SPOT:+--spot}
+      ;;
+  esac
+  run tar -czf "$archive" --exclude=.venv --exclude=.git --exclude=runs --exclude=logs -C "$root" .
+  run gcloud compute tpus tpu-vm scp "$archive" "$name:videomae_jax.tar.gz" --zone="$zone" --worker=all
+  on_all 'mkdir -p videomae_jax && tar -xzf videomae_jax.tar.gz -C videomae_jax && EXTRAS=tpu,gcs videomae_jax/launch/local.sh help >/dev/null'
+}
+
+collect() { # each worker's log, as far as it can be reached
+  local workers=1 worker
+  [[ -n "$dry_run" ]] || workers="$(gcloud compute tpus tpu-vm describe "$name" --zone="$zone" \
+    --format='value(networkEndpoints[].ipAddress)' 2>/dev/null | grep -oE '[0-9.]+' | wc -l)"
+  for ((worker = 0; worker < workers; worker++)); do
+    run gcloud compute tpus tpu-vm scp "$name:videomae_jax/host.log" "$logs/host$worker.log" \
+      --zone="$zone" --worker="$worker" || true
+  done
+}
+
+[[ -n "$dry_run" ]] || mkdir -p "$logs"
+archive="${TMPDIR:-/tmp}/videomae_jax.$$.tar.gz"
+trap 'rm -f "$archive"' EXIT
+command="$(printf '%q ' "$@")"
+status=1
+for ((attempt = 0; attempt <= restarts; attempt++)); do
+  status=0
+  prepare || status=$?
+  if ((status == 0)); then
+    # The flag of the hosts comes last; it is the only one that this script adds.
+    on_all "cd videomae_jax && set -o pipefail && EXTRAS=tpu,gcs launch/local.sh ${command}--hosts=tpu 2>&1 | tee -a host.log" || status=$?
+    collect
+  fi
+  [[ -n "$dry_run" ]] && exit 0
+  ((status == 0)) && exit 0
+  now="$(state)"
+  if [[ "$now" == READY ]]; then
+    echo "launch/tpu.sh: the command failed with status $status and the slice is there: see $logs" >&2
+    exit "$status"
+  fi
+  echo "launch/tpu.sh: the slice is ${now:-gone}, beginning again ($((attempt + 1)) of $restarts)" >&2
+  sleep "${PAUSE:-30}"
+done
+exit "$status"
