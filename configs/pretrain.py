@@ -49,7 +49,7 @@ def get_config(arg: str | None = None):
     c = config.defaults()
     c.model.encoder.update(vars(size.encoder))
     c.model.decoder.update(vars(size.decoder))
-    c.model.remat = arg.size == "huge"
+    c.model.remat = "full" if arg.size == "huge" else "none"
     c.mask.ratio = recipe["ratio"]
     c.data.update(path=recipe["path"], stride=recipe["stride"], batch_size=batch_size)
     c.optim.update(lr=recipe["lr"], min_lr=1e-5, duration=recipe["epochs"], warmup=40)

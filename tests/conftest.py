@@ -67,10 +67,12 @@ def debug_config(shapes):
     return load_config("debug", f"data={shapes}")
 
 
-def mesh_of(data: int, fsdp: int = 1) -> jax.sharding.Mesh:
+def mesh_of(data: int, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     """A mesh over some of the fake devices."""
-    devices = jax.devices()[: data * fsdp]
-    return jax.make_mesh((data, fsdp, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    devices = jax.devices()[: data * fsdp * tensor]
+    return jax.make_mesh(
+        (data, fsdp, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
 
 
 def load_config(name: str, arg: str = ""):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import videomae_jax as vm
-from videomae_jax.models import heads, tubelets, vit
+from videomae_jax.models import heads, positions, tubelets, vit
 
 CONFIG = vm.ClassifierConfig(
     clip_size=(4, 16, 16),
@@ -89,7 +89,7 @@ def test_pooling(video):
     assert np.abs(mean.features(video) - first.features(video)).max() > 0.1
 
 
-@pytest.mark.parametrize("resize", vit.POSITION_RESIZE)
+@pytest.mark.parametrize("resize", positions.RESIZE)
 def test_other_clip_lengths_and_resolutions(rng, resize):
     """From weights made at 4 x 16 x 16: the interpolated table follows the grid, the other is built anew."""
     longer = jnp.asarray(rng.integers(0, 256, (1, 8, 24, 24, 3), dtype=np.uint8))

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import videomae_jax as vm
 from videomae_jax.interop import export, torch_file, torch_weights, weights
-from videomae_jax.models import vit
+from videomae_jax.models import positions, vit
 
 HEADS = {"num_heads": 3, "decoder_num_heads": 2}
 
@@ -504,7 +504,7 @@ def test_other_clip_sizes_and_the_choice_that_is_kept(golden, tmp_path):
     """32 frames of 96 pixels from 16 of 64: a new table, or the old one resampled; the choice is kept."""
     video = np.random.default_rng(0).integers(0, 256, (1, 32, 96, 96, 3), dtype=np.uint8)
     outputs = {}
-    for choice in vit.POSITION_RESIZE:
+    for choice in positions.RESIZE:
         model = weights.convert(
             str(golden / "hf_classify"), str(tmp_path / choice), "orbax", "float32", choice
         )

@@ -16,13 +16,14 @@ MAY = {
     "sharding": set(),
     "models": {"models"},
     "data": {"data"},
+    "hosts": {"config", "data"},
     "evaluation": {"evaluation", "models"},
     "interop": {"interop", "models"},
-    "apps": {"apps", "config", "data", "evaluation", "interop", "models", "sharding"},
+    "apps": {"apps", "config", "data", "evaluation", "hosts", "interop", "models", "sharding"},
     "training": {
-        *("training", "apps", "config", "data", "evaluation", "interop", "models", "sharding"),
+        *("training", "apps", "config", "data", "evaluation", "hosts", "interop", "models", "sharding"),
     },
-    "cli": {"apps", "config", "data", "interop", "training"},
+    "cli": {"apps", "config", "data", "interop", "sharding", "training"},
     "__main__": {"cli"},
     "__init__": {"interop", "models"},
 }

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import videomae_jax as vm
 from videomae_jax import sharding
-from videomae_jax.models import masking, tubelets, vit
+from videomae_jax.models import masking, positions, tubelets, vit
 from videomae_jax.training import finetune, optim, step
 
 TOLERANCE = 1e-4  # float32 against float32; reached: see docs/parity.md
@@ -59,7 +59,7 @@ def mask(expected):
 
 def test_position_tables(expected):
     for name, width in (("encoder_pos_embed", 48), ("decoder_pos_embed", 32)):
-        np.testing.assert_allclose(vit.position_table(128, width), expected[name][0], atol=1e-7)
+        np.testing.assert_allclose(positions.published(128, width), expected[name][0], atol=1e-7)
 
 
 def test_encoder_output(model, expected, video, mask):

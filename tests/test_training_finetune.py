@@ -227,6 +227,7 @@ def outputs_by_host(task, params, source, views, config, hosts):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline, "once", once)
             patch.setattr(jax, "process_count", lambda: hosts)
+            patch.setattr(testing.hosts, "together", lambda value: [value])
             parts.append(evaluator.run(params))
     order = np.argsort(np.concatenate([part.records for part in parts]))
     values = np.concatenate([part.values for part in parts])[order]

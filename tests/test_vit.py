@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import videomae_jax as vm
-from videomae_jax.models import vit
+from videomae_jax.models import positions, vit
 
 # (N, D): row 1 columns 0-3 and last two, row N-1 columns 0-3 and last two, sum (fact sheet 1.2)
 TABLES = {
@@ -44,7 +44,7 @@ ENCODER = {
 
 @pytest.mark.parametrize(("shape", "values"), TABLES.items())
 def test_position_table(shape, values):
-    table = vit.position_table(*shape)
+    table = positions.published(*shape)
     kind, *rest = values.split()
     *expected, total = map(float, rest)
     np.testing.assert_allclose(table[0, :4], [0, 1, 0, 1], atol=1e-7)
@@ -57,7 +57,7 @@ def test_position_table(shape, values):
 
 
 def test_position_table_row_196_of_base():
-    row = vit.position_table(1568, 768)[196]
+    row = positions.published(1568, 768)[196]
     np.testing.assert_allclose(row[:4], [0.93953, 0.342466, 0.278597, -0.960408], atol=1e-6)
     np.testing.assert_allclose(row[-2:], [0.020074, 0.999798], atol=1e-6)
 
@@ -93,22 +93,22 @@ def test_published_decoder_depths():
 
 
 def test_positions_of_the_size_the_weights_were_made_with_are_the_table():
-    table = vit.position_table(1568, 384)
+    table = positions.published(1568, 384)
     for resize in ("recompute", "interpolate"):
-        np.testing.assert_array_equal(vit.positions((8, 14, 14), (8, 14, 14), 384, resize), table)
+        np.testing.assert_array_equal(positions.table((8, 14, 14), (8, 14, 14), 384, resize), table)
 
 
 def test_positions_of_another_size():
-    recomputed = vit.positions((8, 20, 20), (8, 14, 14), 384, "recompute")
-    np.testing.assert_array_equal(recomputed, vit.position_table(3200, 384))
-    np.testing.assert_allclose(vit._resampling_matrix(14, 20, cubic=True).sum(axis=1), 1, atol=1e-12)
-    grown = vit.positions((16, 20, 20), (8, 14, 14), 384, "interpolate")
+    recomputed = positions.table((8, 20, 20), (8, 14, 14), 384, "recompute")
+    np.testing.assert_array_equal(recomputed, positions.published(3200, 384))
+    np.testing.assert_allclose(positions._resampling_matrix(14, 20, cubic=True).sum(axis=1), 1, atol=1e-12)
+    grown = positions.table((16, 20, 20), (8, 14, 14), 384, "interpolate")
     assert grown.shape == (6400, 384)
 
 
 def test_bicubic_resampling_equals_pytorchs():
     # torch.nn.functional.interpolate([0, 1, 4, 9], size=6, mode="bicubic", align_corners=False)
-    ours = vit._resampling_matrix(4, 6, cubic=True) @ np.array([0.0, 1.0, 4.0, 9.0])
+    ours = positions._resampling_matrix(4, 6, cubic=True) @ np.array([0.0, 1.0, 4.0, 9.0])
     weights = lambda t: [  # noqa: E731 (Keys' kernel with a = -0.75, by its definition)
         -0.75 * (t**3 - 2 * t**2 + t),
         1.25 * t**3 - 2.25 * t**2 + 1,
@@ -124,7 +124,7 @@ def test_bicubic_resampling_equals_pytorchs():
 
 
 def blocks_of(depth: int, width: int = 16) -> vit.Block:
-    return vit.make_blocks(vit.Stack(width, depth, 2, 32), 1e-6, 0.0, "float32", nnx.Rngs(0), vit.XAVIER)
+    return vit.make_blocks(vit.Stack(width, depth, 2, 32), 1e-6, 0.0, vit.Compute(), nnx.Rngs(0), vit.XAVIER)
 
 
 def jaxpr_size(depth: int, compute: vit.Compute) -> int:
@@ -140,7 +140,9 @@ def test_the_program_does_not_grow_with_depth():
     assert jaxpr_size(24, vit.Compute()) == jaxpr_size(4, vit.Compute())
 
 
-@pytest.mark.parametrize("compute", [vit.Compute(unroll=4), vit.Compute(remat=True)])
+@pytest.mark.parametrize(
+    "compute", [vit.Compute(unroll=4), vit.Compute(remat="dots"), vit.Compute(remat="full")]
+)
 def test_unrolling_and_recomputing_change_no_result(compute, rng):
     x = jnp.asarray(rng.normal(size=(2, 5, 16)), jnp.float32)
     graphdef, params = nnx.split(blocks_of(4))
@@ -196,7 +198,7 @@ def test_layer_scale_is_absent_by_default_and_scales_branches(rng):
     x = jnp.asarray(rng.normal(size=(1, 3, 16)), jnp.float32)
     plain = nnx.to_pure_dict(nnx.state(blocks_of(2), nnx.Param))
     assert "gamma1" not in plain
-    scaled = vit.make_blocks(vit.Stack(16, 2, 2, 32), 1e-6, 1e-5, "float32", nnx.Rngs(0), vit.XAVIER)
+    scaled = vit.make_blocks(vit.Stack(16, 2, 2, 32), 1e-6, 1e-5, vit.Compute(), nnx.Rngs(0), vit.XAVIER)
     np.testing.assert_allclose(scaled.gamma1[...], 1e-5)
     y = vit.run_blocks(scaled, x, vit.Compute(), 0.0, None)
     np.testing.assert_allclose(y, x, atol=1e-3)

@@ -1,5 +1,6 @@
 """The command line: parses flags, runs one command, and turns user errors into one line and status 2."""
 
+import json
 import os
 import pathlib
 import sys
@@ -20,12 +21,17 @@ _USAGE = """usage: python -m videomae_jax COMMAND [--flag=value ...]
   predict      VIDEO_OR_FOLDER --checkpoint=PATH          classes by name, from any classifier
   convert      SRC DST --layout=orbax|hf|official          weights from and to other layouts
   prepare      SRC DST                                     videos to shards that are fast to read; --check
+  doctor       --data=PATH --workdir=DIR                   what this machine has, and whether it works
 
 COMMAND --help lists its flags; --debug shows the traceback of an error."""
 
 
+_HOSTS_HELP = "Processes of the run: auto, tpu, slurm, or I/N@HOST:PORT (this one is I of N)."
+
+
 def _train(values: Any, _arguments: list[str], started: float) -> None:
     _compile_cache()
+    _start_hosts(values.hosts)
     from videomae_jax.training import loop
 
     loop.run(values.config, pathlib.Path(values.workdir), started)
@@ -36,10 +42,21 @@ def _train_flags(values: flags.FlagValues) -> None:
         "config", None, "Settings: FILE.py or FILE.py:name=value,...", flag_values=values
     )
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+    flags.DEFINE_string("hosts", "auto", _HOSTS_HELP, flag_values=values)
+
+
+def _start_hosts(hosts: str) -> None:
+    from videomae_jax import sharding
+
+    try:
+        sharding.start_hosts(hosts)
+    except ValueError as error:
+        raise flags.Error(str(error)) from None
 
 
 def _evaluate(values: Any, _arguments: list[str], _started: float) -> None:
     _compile_cache()
+    _start_hosts(values.hosts)
     from videomae_jax.training import evaluate
 
     evaluate.run(values.config, pathlib.Path(values.workdir), values.checkpoint)
@@ -163,6 +180,26 @@ def _prepare_flags(values: flags.FlagValues) -> None:
     text("beam_options", "", "Run as an Apache Beam pipeline with these options.", flag_values=values)
 
 
+def _doctor(values: Any, _arguments: list[str], _started: float) -> None:
+    _start_hosts(values.hosts)
+    from videomae_jax.apps import doctor
+    from videomae_jax.config import UserError
+
+    findings = doctor.run(values.data, values.workdir)
+    if values.out:
+        pathlib.Path(values.out).write_text(json.dumps([vars(found) for found in findings], indent=2) + "\n")
+    broken = [found.check for found in findings if found.status == "fix"]
+    if broken:
+        raise UserError(f"doctor: {', '.join(broken)} must be mended, see above")
+
+
+def _doctor_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("data", "", "Videos to look at, as in data.path.", flag_values=values)
+    flags.DEFINE_string("workdir", ".", "Folder that a run would write.", flag_values=values)
+    flags.DEFINE_string("out", "", "JSON file to write too.", flag_values=values)
+    flags.DEFINE_string("hosts", "auto", _HOSTS_HELP, flag_values=values)
+
+
 # command: (define its flags, names of its arguments, flags it cannot do without, run it)
 _COMMANDS: dict[str, tuple[Callable, Sequence[str], Sequence[str], Callable]] = {
     "train": (_train_flags, (), ("config", "workdir"), _train),
@@ -170,6 +207,7 @@ _COMMANDS: dict[str, tuple[Callable, Sequence[str], Sequence[str], Callable]] = 
     "embed": (_embed_flags, ("VIDEO_OR_FOLDER",), ("checkpoint", "out"), _embed),
     "predict": (_predict_flags, ("VIDEO_OR_FOLDER",), ("checkpoint",), _predict),
     "convert": (_convert_flags, ("SRC", "DST"), (), _convert),
+    "doctor": (_doctor_flags, (), (), _doctor),
     "prepare": (_prepare_flags, ("SRC", "DST"), (), _prepare),
     "reconstruct": (_reconstruct_flags, ("VIDEO",), ("checkpoint", "out"), _reconstruct),
 }

@@ -39,7 +39,10 @@ def defaults() -> Config:
     c.model.drop_path = 0.0  # largest rate, of the last block
     c.model.dtype = "auto"  # of matmuls: float32 | bfloat16 | auto (bfloat16 on GPU and TPU)
     c.model.unroll = 1  # blocks per loop iteration; the depth: fastest step, slowest compile
-    c.model.remat = False  # recompute activations in the backward pass: less memory, more time
+    c.model.remat = (
+        "none"  # computed again in the backward pass, to save memory: none | dots (all but matmuls) | full
+    )
+    c.model.attention = "auto"  # xla | cudnn (NVIDIA, bfloat16) | auto (cudnn where it works)
 
     c.head = ml_collections.ConfigDict()
     c.head.kind = "softmax"  # softmax (one class a video) | multilabel | regression
@@ -98,7 +101,16 @@ def defaults() -> Config:
     c.optim.ema = 0.0  # decay of the average of the weights, which is then what counts; 0: none
     c.optim.patience = 0  # evaluations without improvement before training ends early; 0: never
 
-    c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1: all that are left
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.data = (
+        -1
+    )  # devices that have copies of the state, each with rows of its own; -1: all that are left
+    c.mesh.fsdp = 1  # devices that share one copy of the state, each with rows of its own
+    c.mesh.tensor = 1  # devices that share a clip's heads and hidden units
+    c.mesh.mapping = "jit"  # jit | pmap (one host, data only)
+    c.mesh.step_limit = (
+        1800  # seconds that a step may take before the process ends with a stack dump; 0: no limit
+    )
 
     c.checkpoint = ml_collections.ConfigDict()
     c.checkpoint.every = 20  # in optim.unit
@@ -128,6 +140,7 @@ def defaults() -> Config:
 
     c.log = ml_collections.ConfigDict()
     c.log.steps = 10  # steps from one logged step to the next
+    c.log.profile = ""  # FIRST:LAST steps that a profile in WORKDIR/profile covers; "": none
     c.log.pictures = 4  # held-out clips drawn at the end
     c.log.statistics = "true"  # of those pictures: true | visible | raw (pixel targets: raw only)
     return c.lock()
@@ -137,7 +150,7 @@ def defaults() -> Config:
 _FREE_KEYS = re.compile(
     r"(log|checkpoint|mesh)\..*"
     r"|init_from|evaluate\.(split|batch_videos|allow_failed)"
-    r"|model\.(unroll|remat)"
+    r"|model\.(unroll|remat|attention)"
     r"|data\.(path|workers|threads|max_bad_fraction)"  # the videos themselves are compared by fingerprint
     r"|optim\.max_skipped"
 )
@@ -150,7 +163,7 @@ _AT_LEAST = {
     **{"optim.max_skipped": 1, "optim.accumulate": 1, "optim.freeze_blocks": 0, "optim.patience": 0},
     **{"evaluate.every": 0, "evaluate.segments": 1, "evaluate.crops": 1, "evaluate.batch_videos": 1},
     **{"evaluate.neighbours": 1, "evaluate.knn_videos": 1, "probe.epochs": 1, "probe.batch_size": 1},
-    **{"debug.overfit": 0},
+    **{"debug.overfit": 0, "mesh.step_limit": 0},
 }
 
 _SPLITS = ("test", "validation", "all")
@@ -168,7 +181,7 @@ _ONLY_FOR = (
         r"model\.(layer_scale|drop_path|remat)|optim\..*|checkpoint\..*|evaluate\.every",
         ("pretrain", "finetune"),
     ),
-    (r"data\.(batch_size|clips_per_video)", ("pretrain", "finetune")),
+    (r"data\.(batch_size|clips_per_video)|mesh\.mapping|log\.profile", ("pretrain", "finetune")),
 )
 
 

@@ -1,7 +1,11 @@
-"""The device mesh ('data', 'fsdp', 'tensor'), path rules for parameters, global arrays from host rows."""
+"""Hosts, the device mesh ('data', 'fsdp', 'tensor'), path rules for parameters, and what devices exchange."""
 
+import contextlib
+import contextvars
+import functools
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -11,9 +15,55 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
+ROW_AXES = ("data", "fsdp")
+"""Axes that a batch is cut over."""
 
-# First match wins; every leaf of the train state must match. Parameters are replicated for now.
-STATE_RULES: Sequence[tuple[str, PartitionSpec]] = ((r".*", PartitionSpec()),)
+# First match wins; every leaf of the train state must match: parameters, their moments and their average.
+# Matrices are cut over `fsdp` along the width, and over `tensor` along heads and hidden units, so that a
+# block needs one sum over `tensor` after each of its branches. Vectors are small: whole everywhere, but for
+# those that are added where `tensor` has cut.
+STATE_RULES: Sequence[tuple[str, PartitionSpec]] = (
+    (r"step|opt_state/.*count", PartitionSpec()),
+    (r".*/blocks/attention/qkv", PartitionSpec(None, "fsdp", None, "tensor")),
+    (r".*/blocks/fc1/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r".*/blocks/(attention/out|fc2)/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r".*/blocks/(attention/[qv]_bias|fc1/bias)", PartitionSpec(None, "tensor")),
+    (r".*/(embed/kernel|decoder/project|head/kernel)", PartitionSpec("fsdp")),
+    (r".*/(bias|scale|gamma[12]|mask_token)", PartitionSpec()),
+)
+
+
+def start_hosts(hosts: str) -> None:
+    """Joins this process to the others of a run, before anything else of JAX is used.
+
+    Args:
+        hosts: "auto": what SLURM says inside `srun` with several tasks, or the machine's metadata on a TPU
+            slice of several hosts, else this process is alone; "tpu" or "slurm": one of these for certain;
+            "I/N@HOST:PORT": process I of N, whose process 0 listens at HOST:PORT.
+
+    Raises:
+        ValueError: another form.
+        RuntimeError: the others cannot be reached.
+    """
+    if hosts == "auto":
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            hosts = "slurm"
+        elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+            hosts = "tpu"
+        else:
+            return
+    # For CPU processes; without effect elsewhere.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if hosts in ("slurm", "tpu"):
+        jax.distributed.initialize()
+        return
+    named = re.fullmatch(r"(\d+)/(\d+)@(.+:\d+)", hosts)
+    if not named or not int(named[1]) < int(named[2]):
+        raise ValueError(
+            f"--hosts={hosts} is none of auto, tpu, slurm, or I/N@HOST:PORT with I below N, such as "
+            f"0/2@10.0.0.1:1234"
+        )
+    jax.distributed.initialize(named[3], int(named[2]), int(named[1]))
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
@@ -51,17 +101,29 @@ def first_match(rules: Sequence[tuple[str, T]], name: str) -> T:
 
 
 def state_sharding(mesh: Mesh, abstract_state: Any) -> Any:
-    """A NamedSharding for each leaf of the train state, by STATE_RULES."""
+    """A NamedSharding for each leaf of the train state, by STATE_RULES.
 
-    def place(path: tuple[Any, ...], _leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, first_match(STATE_RULES, path_name(path)))
+    Raises:
+        ValueError: a leaf that no rule matches, or one that the mesh does not divide.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        spec = first_match(STATE_RULES, name)
+        for axis, cut_by in enumerate(spec):
+            if cut_by and leaf.shape[axis] % mesh.shape[cut_by]:
+                raise ValueError(
+                    f"mesh.{cut_by}={mesh.shape[cut_by]} does not divide axis {axis} of {name}, whose shape "
+                    f"is {list(leaf.shape)}: choose a divisor of {leaf.shape[axis]}"
+                )
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, abstract_state)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Examples split over the data and fsdp axes."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -69,7 +131,101 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def place(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A global array from a value that is the same on all hosts; each takes its part of it."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+@functools.cache
+def _replicator(mesh: Mesh) -> Any:
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Whole on every device: arrays that the mesh cuts, or NumPy arrays that are the same on all hosts."""
+    return _replicator(mesh)(tree)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Bfloat16 operations per second that a device's data sheet promises, without sparsity; None: unknown."""
+    found = [peak for kind, peak in _PEAK_TFLOPS if device_kind.startswith(kind)]
+    return found[0] * 1e12 if found else None
+
+
+# Tera-operations per second by the start of the device's kind, longer names first.
+_PEAK_TFLOPS = (
+    ("NVIDIA A100", 312),
+    ("NVIDIA H100 PCIe", 756),
+    ("NVIDIA H100", 989),
+    ("NVIDIA H200", 989),
+    ("NVIDIA L4", 121),
+    ("NVIDIA B200", 2250),
+    ("TPU v4", 275),
+    ("TPU v5 lite", 197),
+    ("TPU v5e", 197),
+    ("TPU v5", 459),
+    ("TPU v6", 918),
+)
+
+
 def global_batch(mesh: Mesh, local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Arrays over all hosts from each host's rows, which become rows [h * b, (h + 1) * b)."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in local.items()}
+
+
+# What a function may do that `jax.shard_map` or `jax.pmap` runs on each device's part of the arrays.
+
+
+def gather(params: Any, prefix: str = "", stacked: bool = False) -> Any:
+    """Parameters whose `fsdp` parts are put together; the gradient is summed and cut again.
+
+    Args:
+        prefix: of the leaves' names in STATE_RULES.
+        stacked: the leaves are one layer of those that the rules name.
+    """
+
+    def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        spec = first_match(STATE_RULES, prefix + path_name(path))
+        axes = [axis for axis, cut_by in enumerate(spec) if cut_by == "fsdp"]
+        return jax.lax.all_gather(leaf, "fsdp", axis=axes[0] - stacked, tiled=True) if axes else leaf
+
+    return jax.tree_util.tree_map_with_path(whole, params)
+
+
+@jax.custom_vjp
+def enter_tensor(x: jax.Array) -> jax.Array:
+    """The identity, before matrices that `tensor` cuts by columns; gradients are summed over it."""
+    return x
+
+
+@jax.custom_vjp
+def leave_tensor(x: jax.Array) -> jax.Array:
+    """The sum over `tensor`, after matrices that it cuts by rows; the gradient is that of each part."""
+    return jax.lax.psum(x, "tensor")
+
+
+enter_tensor.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.psum(grad, "tensor"),))
+leave_tensor.defvjp(lambda x: (jax.lax.psum(x, "tensor"), None), lambda _, grad: (grad,))
+
+
+_row_axes: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("row_axes", default=())
+
+
+@contextlib.contextmanager
+def rows_over(axes: tuple[str, ...]) -> Generator[None]:
+    """While a function is traced that is mapped over `axes`, each of which cuts the batch."""
+    token = _row_axes.set(axes)
+    try:
+        yield
+    finally:
+        _row_axes.reset(token)
+
+
+def mirrored(rows: jax.Array) -> jax.Array:
+    """Row B - 1 - i of the global batch in the place of row i, wherever it is."""
+    axes = _row_axes.get()
+    if not axes:
+        return rows[::-1]
+    devices = jax.lax.axis_size(axes)
+    return jax.lax.ppermute(rows[::-1], axes, [(i, devices - 1 - i) for i in range(devices)])

@@ -119,8 +119,8 @@ def load(path: str | os.PathLike) -> Model:
     """
     config = read_config(path)
     kind: Any = _KINDS[read_metadata(path)["kind"]][0]
-    if jax.default_backend() == "cpu":  # where bfloat16, fit for the GPU that trained it, is slow
-        compute = dataclasses.replace(config.compute, dtype="float32")
+    if jax.default_backend() == "cpu":  # where what is fast on the GPU that trained it is slow, or lacking
+        compute = dataclasses.replace(config.compute, dtype="float32", attention="xla")
         config = dataclasses.replace(config, compute=compute)
     abstract = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)

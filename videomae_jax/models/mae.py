@@ -48,7 +48,7 @@ class Decoder(nnx.Module):
         # Published as normal(0.02) cut at +-0.02, that is at one sigma.
         token = jax.random.truncated_normal(rngs.params(), -1.0, 1.0, (width,))
         self.mask_token = nnx.Param(0.02 * token)
-        self.blocks = vit.make_blocks(sizes, c.norm_epsilon, c.layer_scale, dtype, rngs, vit.XAVIER)
+        self.blocks = vit.make_blocks(sizes, c.norm_epsilon, c.layer_scale, c.compute, rngs, vit.XAVIER)
         self.norm = vit.layer_norm(width, c.final_norm_epsilon or c.norm_epsilon, dtype, rngs)
         self.head = vit.linear(width, voxels, dtype, rngs, vit.XAVIER)
 

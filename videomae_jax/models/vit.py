@@ -1,14 +1,16 @@
-"""The plain video ViT: size table, tubelet embedding, fixed position table, pre-norm blocks, scanned stack.
+"""The plain video ViT: size table, tubelet embedding, pre-norm blocks, scanned stack.
 
 Blocks are stacked on a leading depth axis and run by `lax.scan`, so compile time does not grow with depth.
 Modules own parameters only; randomness arrives as one key per example (None: evaluation).
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from videomae_jax.models import tubelets
+from videomae_jax.models import positions, tubelets
 from videomae_jax.models.tubelets import Grid
 
 
@@ -49,6 +51,24 @@ SIZES = {
 }
 
 
+_REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def _all_but_parameters(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps all that is computed, but for gathered parameters and what merely rearranges or casts them.
+
+    Without it the backward pass would keep the whole parameters of every block at once.
+    """
+    return primitive.name not in ("all_gather", "convert_element_type", "reshape", "transpose", "squeeze")
+
+
+_COMPUTE = {"dtype": ("float32", "bfloat16"), "remat": tuple(_REMAT), "attention": ("xla", "cudnn")}
+
+
 @dataclasses.dataclass(frozen=True)
 class Compute:
     """How blocks are computed; none of it changes what they compute.
@@ -56,19 +76,20 @@ class Compute:
     Attributes:
         dtype: of the matmuls, "float32" or "bfloat16"; parameters, softmax and statistics stay float32.
         unroll: scan steps per loop iteration; the depth unrolls everything (faster step, slower compile).
-        remat: recompute block activations in the backward pass.
+        remat: what of a block the backward pass computes again: "none" (fastest), "dots" (all but the
+            products of matrices), "full" (all: least memory).
+        attention: "xla", written out, or "cudnn", the fused kernel of NVIDIA GPUs for bfloat16.
     """
 
     dtype: str = "float32"
     unroll: int = 1
-    remat: bool = False
+    remat: str = "none"
+    attention: str = "xla"
 
     def __post_init__(self):
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"unknown dtype {self.dtype!r}: use 'float32' or 'bfloat16'")
-
-
-POSITION_RESIZE = ("recompute", "interpolate")
+        for name, known in _COMPUTE.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: use {', '.join(known)}")
 
 
 AnyConfig = TypeVar("AnyConfig", bound="BackboneConfig")
@@ -106,8 +127,8 @@ class BackboneConfig:
         if len(self.tubelet) != 3 or min(self.tubelet) < 1:
             raise ValueError(f"tubelet {self.tubelet} must be three positive sizes (t, p, p)")
         tubelets.grid_of(self.clip_size, self.tubelet)
-        if self.position_resize not in POSITION_RESIZE:
-            raise ValueError(f"unknown position_resize {self.position_resize!r}: use {POSITION_RESIZE}")
+        if self.position_resize not in positions.RESIZE:
+            raise ValueError(f"unknown position_resize {self.position_resize!r}: use {positions.RESIZE}")
         if len(self.pixel_mean) != len(self.pixel_std):
             raise ValueError(
                 f"pixel_mean has {len(self.pixel_mean)} channels and pixel_std {len(self.pixel_std)}"
@@ -130,8 +151,8 @@ class BackboneConfig:
         return tubelets.grid_of(self.clip_size, self.tubelet)
 
     def positions(self, grid: Grid, width: int) -> np.ndarray:
-        """The position table of a clip of `grid`, float32 [N, width]; see `positions`."""
-        return positions(grid, self.position_grid or self.grid, width, self.position_resize)
+        """The position table of a clip of `grid`, float32 [N, width]; see `positions.table`."""
+        return positions.table(grid, self.position_grid or self.grid, width, self.position_resize)
 
     def to_dict(self) -> dict:
         """Plain data, as stored beside the weights."""
@@ -145,58 +166,13 @@ class BackboneConfig:
             TypeError: an unknown or a missing field.
         """
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in data.items()}
+        compute = dict(fields.get("compute") or {})
+        if isinstance(compute.get("remat"), bool):  # of files written before it had names
+            fields["compute"] = compute | {"remat": "full" if compute["remat"] else "none"}
         for name, kind in (("encoder", Stack), ("decoder", Stack), ("compute", Compute)):
             if fields.get(name) is not None:
                 fields[name] = kind(**fields[name])
         return cls(**fields)
-
-
-@functools.lru_cache
-def position_table(tokens: int, width: int) -> np.ndarray:
-    """The published fixed table, float32 [tokens, width]: 1-D over the flat token index.
-
-    Sine in even columns, cosine in odd ones, of n / 10000^(2 floor(j/2) / width), computed in float64.
-    """
-    columns = np.arange(width) // 2 * 2 / width
-    angle = np.arange(tokens)[:, None] / np.power(10000.0, columns)
-    return np.where(np.arange(width) % 2 == 0, np.sin(angle), np.cos(angle)).astype(np.float32)
-
-
-def _resampling_matrix(size: int, new_size: int, cubic: bool) -> np.ndarray:
-    """[new_size, size] weights of linear or bicubic (a = -0.75) resampling at half-pixel centres.
-
-    Border samples repeat the edge, as in PyTorch's `interpolate` with `align_corners=False`.
-    """
-    centre = (np.arange(new_size) + 0.5) * size / new_size - 0.5
-    base = np.floor(centre).astype(int)
-    matrix = np.zeros((new_size, size))
-    for tap in range(-1, 3) if cubic else range(2):
-        x = np.abs(centre - (base + tap))
-        if cubic:
-            near = 1.25 * x**3 - 2.25 * x**2 + 1
-            weight = np.where(x <= 1, near, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4))
-        else:
-            weight = 1 - x
-        np.add.at(matrix, (np.arange(new_size), np.clip(base + tap, 0, size - 1)), weight)
-    return matrix
-
-
-@functools.lru_cache
-def positions(grid: Grid, made_grid: Grid, width: int, resize: str) -> np.ndarray:
-    """Position table for `grid`, float32 [N, width].
-
-    For `made_grid`, the grid that the weights were made with, it is the published table, exactly. For
-    another grid `resize` decides: "recompute" builds the table anew for the new N, as the published code
-    does (positions are re-numbered); "interpolate" views the table as [T', H', W', D] and resamples it,
-    bicubic in space and linear in time.
-    """
-    if grid == made_grid or resize == "recompute":
-        return position_table(math.prod(grid), width)
-    table = position_table(math.prod(made_grid), width).reshape(*made_grid, width)
-    for axis, (size, new_size) in enumerate(zip(made_grid, grid, strict=True)):
-        matrix = _resampling_matrix(size, new_size, cubic=axis > 0)
-        table = np.moveaxis(np.tensordot(matrix, table, (1, axis)), 0, axis)
-    return table.reshape(-1, width).astype(np.float32)
 
 
 # How kernels begin, as published: pretraining with Xavier, finetuning with normal(0.02) cut far out.
@@ -216,37 +192,79 @@ def layer_norm(width: int, epsilon: float, dtype: str, rngs: nnx.Rngs) -> nnx.La
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=jnp.dtype(dtype), rngs=rngs)
 
 
+class Cut(NamedTuple):
+    """How blocks run whose parameters are cut over devices; see `cut_blocks`.
+
+    Attributes:
+        gather: the parameters of a block, as far as it needs them, from this device's part of them.
+        enter: what its heads and hidden units read, from what every device has.
+        leave: what every device has, from what its heads and hidden units add to it.
+    """
+
+    gather: Callable[[Any], Any] | None = None
+    enter: Callable[[jax.Array], jax.Array] = lambda x: x
+    leave: Callable[[jax.Array], jax.Array] = lambda x: x
+
+
+_cut: contextvars.ContextVar[Cut] = contextvars.ContextVar("cut", default=Cut())  # noqa: B039, immutable
+
+
+@contextlib.contextmanager
+def cut_blocks(cut: Cut) -> Generator[None]:
+    """While a function is traced that runs on each device's part of the blocks."""
+    token = _cut.set(cut)
+    try:
+        yield
+    finally:
+        _cut.reset(token)
+
+
+def _join(layer: nnx.Linear, x: Float[Array, "T E"]) -> Float[Array, "T D"]:
+    """The layer on inputs that may be one device's part: their products are summed, then the bias added."""
+    assert layer.bias is not None
+    kernel, bias = (param[...].astype(layer.dtype) for param in (layer.kernel, layer.bias))
+    return _cut.get().leave(x @ kernel) + bias
+
+
 class Attention(nnx.Module):
     """Joint space-time self-attention with learned query and value biases and no key bias."""
 
-    def __init__(self, sizes: Stack, dtype: str, rngs: nnx.Rngs, kernel_init: Initializer):
+    def __init__(self, sizes: Stack, compute: Compute, rngs: nnx.Rngs, kernel_init: Initializer):
         d = sizes.width
         self.num_heads = sizes.num_heads
-        self.dtype = jnp.dtype(dtype)
+        self.dtype = jnp.dtype(compute.dtype)
+        self.kind = compute.attention
         # Begun as the fused D -> 3D matrix that it is, as published.
         self.qkv = nnx.Param(kernel_init(rngs.params(), (d, 3 * d), jnp.float32).reshape(d, 3, d))
         self.q_bias = nnx.Param(jnp.zeros(d))
         self.v_bias = nnx.Param(jnp.zeros(d))
-        self.out = linear(d, d, dtype, rngs, kernel_init)
+        self.out = linear(d, d, compute.dtype, rngs, kernel_init)
 
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         b, n, d = x.shape
+        cut = _cut.get()
         # Matmuls on flat tokens: with a batch axis XLA's CPU backward pass takes twice as long.
-        qkv = jnp.einsum("td,dce->tce", x.reshape(b * n, d), self.qkv[...].astype(self.dtype))
+        flat = cut.enter(x.reshape(b * n, d))
+        qkv = jnp.einsum("td,dce->tce", flat, self.qkv[...].astype(self.dtype))
         q, k, v = jnp.moveaxis(qkv, 1, 0)
         q, v = (x + bias[...].astype(self.dtype) for x, bias in ((q, self.q_bias), (v, self.v_bias)))
-        heads = (x.reshape(b, n, self.num_heads, -1).transpose(0, 2, 1, 3) for x in (q, k, v))
-        out = attend(*heads).transpose(0, 2, 1, 3).reshape(b * n, d)
-        return self.out(out).reshape(b, n, d)
+        # All heads, or those of this device.
+        q, k, v = (x.reshape(b, n, -1, d // self.num_heads).transpose(0, 2, 1, 3) for x in (q, k, v))
+        out = attend(q, k, v, self.kind).transpose(0, 2, 1, 3).reshape(b * n, -1)
+        return _join(self.out, out).reshape(b, n, d)
 
 
 def attend(
-    q: Float[Array, "B A Q E"], k: Float[Array, "B A N E"], v: Float[Array, "B A N E"]
+    q: Float[Array, "B A Q E"], k: Float[Array, "B A N E"], v: Float[Array, "B A N E"], kind: str = "xla"
 ) -> Float[Array, "B A Q E"]:
     """Softmax attention of each head over all tokens; the softmax in float32.
 
-    Written out because `jax.nn.dot_product_attention` needs 1.3 to 2 times as long on a CPU.
+    "xla" is written out because `jax.nn.dot_product_attention` needs 1.3 to 2 times as long on a CPU; for
+    "cudnn" see `Compute`.
     """
+    if kind == "cudnn":
+        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").transpose(0, 2, 1, 3)
     scores = jnp.einsum("bane,bame->banm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     return jnp.einsum("banm,bame->bane", jax.nn.softmax(scores).astype(v.dtype), v)
 
@@ -259,13 +277,13 @@ class Block(nnx.Module):
         sizes: Stack,
         epsilon: float,
         layer_scale: float,
-        dtype: str,
+        compute: Compute,
         rngs: nnx.Rngs,
         kernel_init: Initializer,
     ):
-        d = sizes.width
+        d, dtype = sizes.width, compute.dtype
         self.norm1 = layer_norm(d, epsilon, dtype, rngs)
-        self.attention = Attention(sizes, dtype, rngs, kernel_init)
+        self.attention = Attention(sizes, compute, rngs, kernel_init)
         self.norm2 = layer_norm(d, epsilon, dtype, rngs)
         self.fc1 = linear(d, sizes.mlp_dim, dtype, rngs, kernel_init)
         self.fc2 = linear(sizes.mlp_dim, d, dtype, rngs, kernel_init)
@@ -284,8 +302,8 @@ class Block(nnx.Module):
         if branch_scales is not None:
             y = y * branch_scales[0, :, None, None].astype(y.dtype)
         x = x + y
-        y = self.norm2(x).reshape(-1, x.shape[-1])
-        y = self.fc2(gelu(self.fc1(y))).reshape(x.shape)
+        y = _cut.get().enter(self.norm2(x).reshape(-1, x.shape[-1]))
+        y = _join(self.fc2, gelu(self.fc1(y))).reshape(x.shape)
         if self.has_layer_scale:
             y = y * self.gamma2[...].astype(y.dtype)
         if branch_scales is not None:
@@ -317,13 +335,18 @@ def drop_path_scales(
 
 
 def make_blocks(
-    sizes: Stack, epsilon: float, layer_scale: float, dtype: str, rngs: nnx.Rngs, kernel_init: Initializer
+    sizes: Stack,
+    epsilon: float,
+    layer_scale: float,
+    compute: Compute,
+    rngs: nnx.Rngs,
+    kernel_init: Initializer,
 ) -> Block:
     """A `Block` whose every parameter has a leading depth axis; each layer has its own random draw."""
 
     @nnx.vmap
     def make(key: Key[Array, ""]) -> Block:
-        return Block(sizes, epsilon, layer_scale, dtype, nnx.Rngs(params=key), kernel_init)
+        return Block(sizes, epsilon, layer_scale, compute, nnx.Rngs(params=key), kernel_init)
 
     return make(jax.random.split(rngs.params(), sizes.depth))
 
@@ -342,15 +365,20 @@ def run_blocks(
         frozen: no gradient is computed for this many blocks from the first, nor for what is below them.
     """
     graphdef, params = nnx.split(blocks)
-    depth = blocks.fc1.kernel.shape[0]
-    layers = (params, drop_path_scales(keys, drop_path_rate, depth))
+    depth, gather = blocks.fc1.kernel.shape[0], _cut.get().gather
+    layers = (nnx.to_pure_dict(params), drop_path_scales(keys, drop_path_rate, depth))
 
     def layer(x, xs):
         block_params, scales = xs
+        if gather:
+            block_params = gather(block_params)
         return nnx.merge(graphdef, block_params)(x, scales), None
 
-    if compute.remat:
-        layer = jax.checkpoint(layer, prevent_cse=False)
+    policy = _REMAT[compute.remat]
+    if gather and compute.remat == "none":
+        policy = _all_but_parameters
+    if policy:
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     if frozen:
         lower, layers = (
             jax.tree.map(lambda a, s=s: a[s], layers) for s in (slice(frozen), slice(frozen, None))
@@ -360,6 +388,12 @@ def run_blocks(
     if frozen == depth:
         return x
     return jax.lax.scan(layer, x, layers, unroll=min(compute.unroll, depth - frozen))[0]
+
+
+def block_flops(sizes: Stack, tokens: int) -> float:
+    """Floating-point operations of a stack's forward pass on one clip: matmuls, two per multiply-add."""
+    per_token = 4 * sizes.width**2 + 2 * sizes.width * sizes.mlp_dim + 2 * tokens * sizes.width
+    return 2.0 * sizes.depth * tokens * per_token
 
 
 class TubeletEmbed(nnx.Module):
@@ -383,10 +417,10 @@ class Trunk(nnx.Module):
     """Tubelet embedding and blocks: what every model of a size shares, whatever it is trained for."""
 
     def __init__(self, config: BackboneConfig, rngs: nnx.Rngs, kernel_init: Initializer):
-        c, dtype = config, config.compute.dtype
+        c = config
         self.config = config
-        self.embed = TubeletEmbed(math.prod(c.tubelet) * c.channels, c.encoder.width, dtype, rngs)
-        self.blocks = make_blocks(c.encoder, c.norm_epsilon, c.layer_scale, dtype, rngs, kernel_init)
+        self.embed = TubeletEmbed(math.prod(c.tubelet) * c.channels, c.encoder.width, c.compute.dtype, rngs)
+        self.blocks = make_blocks(c.encoder, c.norm_epsilon, c.layer_scale, c.compute, rngs, kernel_init)
 
     def __call__(
         self,

@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from videomae_jax import hosts
 from videomae_jax.config import UserError
 from videomae_jax.interop import export
 from videomae_jax.training.step import TrainState
@@ -129,10 +130,14 @@ class Best:
             return
         self.found = {"step": step, self.metric: value}
         partial = self.folder.with_name("best.partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        if hosts.is_writer():
+            shutil.rmtree(partial, ignore_errors=True)
+        hosts.wait("best, before")
         export.write(partial, params, meta | {"validation": {"step": step, **validated}})
-        shutil.rmtree(self.folder, ignore_errors=True)
-        partial.rename(self.folder)
+        if hosts.is_writer():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            partial.rename(self.folder)
+        hosts.wait("best, after")
 
 
 def _beside_params(state: TrainState) -> dict[str, Any]:

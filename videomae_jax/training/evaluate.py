@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from videomae_jax import config as settings
-from videomae_jax import sharding
+from videomae_jax import hosts
 from videomae_jax.apps import predictions
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import sources
@@ -53,17 +53,13 @@ def run(config: Config, workdir: pathlib.Path, checkpoint: str) -> dict[str, Any
         for name in ("clip_size", "position_grid", "position_resize", "compute")
     }
     task = dataclasses.replace(planned, model=dataclasses.replace(made, **use))
-    try:
-        mesh = sharding.make_mesh(**config.mesh)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    mesh = tasks.make_mesh(config)
     views = task.test_views(config.evaluate.segments, config.evaluate.crops)
     report.say(
         f"evaluate: {len(source)} videos, {views.segments} x {views.crops} views, {path}, {task.describe()}"
     )
     params: Any = nnx.to_pure_dict(nnx.state(weights.load(path), nnx.Param))
-    params = jax.device_put(params, sharding.replicated(mesh))
-    outputs = testing.Evaluator(task.outputs, source, views, config, mesh).run(params)
+    outputs = testing.Evaluator(task.outputs, source, views, config, mesh).run(jax.device_get(params))
     if outputs.num_failed and not config.evaluate.allow_failed:
         first = next(iter(outputs.failed.values()), "")
         raise UserError(
@@ -74,8 +70,9 @@ def run(config: Config, workdir: pathlib.Path, checkpoint: str) -> dict[str, Any
         "checkpoint": str(path),
         "split": config.evaluate.split,
     }
-    workdir.mkdir(parents=True, exist_ok=True)
-    predictions.write(workdir, result, outputs.scores(source, made.head), source)
+    if hosts.is_writer():
+        workdir.mkdir(parents=True, exist_ok=True)
+        predictions.write(workdir, result, outputs.scores(source, made.head), source)
     report.say(f"{predictions.line(result)}; see {workdir / 'evaluation.json'}")
     return result
 

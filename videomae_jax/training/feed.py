@@ -74,6 +74,12 @@ def _next(iterator: Iterator[dict[str, Any]]) -> dict[str, Any]:
         ) from None
 
 
+def failed(host_fields: dict[str, np.ndarray]) -> list[tuple[int, str]]:
+    """(place in the source, reason) of the clips of a host's batch that could not be decoded."""
+    rows = zip(host_fields["record"].tolist(), host_fields["error"], strict=True)
+    return [(record, str(error)) for record, error in rows if error]
+
+
 @dataclasses.dataclass
 class BadVideos:
     """Names and counts the videos that could not be decoded, and stops the run above a limit.
@@ -87,17 +93,17 @@ class BadVideos:
     max_fraction: float
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def count(self, host_fields: dict[str, np.ndarray]) -> None:
-        """Looks through a batch.
+    def count(self, failed: list[tuple[int, str]]) -> None:
+        """Takes in what failed in a batch.
 
         Raises:
             UserError: too many videos of the source are bad.
         """
-        for record, error in zip(host_fields["record"], host_fields["error"], strict=True):
+        for record, error in failed:
             video = self.source.ids[record]
-            if not error or video in self.reasons:
+            if video in self.reasons:
                 continue
-            self.reasons[video] = str(error)
+            self.reasons[video] = error
             fraction = len(self.reasons) / len(self.source)
             if fraction > self.max_fraction:
                 raise UserError(

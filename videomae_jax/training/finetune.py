@@ -12,13 +12,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from videomae_jax import sharding
+from videomae_jax import hosts, sharding
 from videomae_jax.apps import predictions
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import pipeline, randaugment, sources
 from videomae_jax.evaluation import classification
 from videomae_jax.interop import export
-from videomae_jax.models import heads, tubelets
+from videomae_jax.models import heads, tubelets, vit
 from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
 from videomae_jax.training import losses, mixup, report, testing
 from videomae_jax.training.splits import Splits
@@ -93,6 +93,15 @@ class Finetune:
         features = heads.dropout(features, c.head_dropout, clip_keys(root, "dropout", batch["index"]))
         return losses.output_losses(model.head(features), targets, c.head, self.class_weights)
 
+    def flops_per_clip(self) -> float:
+        """Floating-point operations of a clip's forward and backward pass; see `vit.block_flops`."""
+        c, tokens = self.model, math.prod(self.model.grid)
+        embed = 2.0 * tokens * math.prod(c.tubelet) * c.channels * c.encoder.width
+        block = vit.block_flops(c.encoder, tokens) / c.encoder.depth
+        # What is frozen is computed once, forward; the gradient costs twice as much again.
+        moving = (embed if not self.frozen else 0.0) + (c.encoder.depth - self.frozen) * block
+        return 3 * moving + self.frozen * block + (embed if self.frozen else 0.0)
+
     def outputs(self, params: dict, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B K"]:
         """The head's outputs for plain clips."""
         return nnx.merge(self.graphdef, params).logits(video)
@@ -163,14 +172,14 @@ class Finetune:
         views = self.test_views(config.evaluate.segments, config.evaluate.crops)
         evaluator = testing.Evaluator(self.outputs, splits.test, views, config, mesh)
         best: Any = nnx.to_pure_dict(nnx.state(export.load(workdir / "best"), nnx.Param))
-        best = jax.device_put(best, sharding.replicated(mesh))
+        best = sharding.replicate(jax.device_get(best), mesh)
         result = {}
         for name, params in {"last": state.params, "last_average": state.ema, "best": best}.items():
             if params is not None:
                 outputs = evaluator.run(params)
                 result[name] = summarize(outputs, splits.test, views, self.model.head)
                 report.say(f"test of the {name.replace('_', ' ')} weights: {predictions.line(result[name])}")
-                if name == "best":
+                if name == "best" and hosts.is_writer():
                     scores = outputs.scores(splits.test, self.model.head)
                     predictions.write(workdir, result[name], scores, splits.test)
         return {"test": result}

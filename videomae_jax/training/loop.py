@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from videomae_jax import config as settings
-from videomae_jax import sharding
+from videomae_jax import hosts, sharding
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
@@ -38,7 +37,7 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
     config = settings.resolve(config)
     if config.task == "probe":
         return probe.run(config, workdir, started)
-    with _Interrupt() as interrupt:
+    with hosts.Interrupt() as interrupt:
         mesh = tasks.make_mesh(config)
         _check_batch(config, mesh)
         weights = str(workdir) if any(workdir.glob("checkpoints/[0-9]*/meta")) else config.init_from
@@ -46,6 +45,7 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
         phases.end("set-up")
         videos = splits.open_splits(config)
         schedule = settings.finalize(config, len(videos.train))
+        hosts.check_agreement(config, videos.train, workdir)
         _claim(workdir, config, videos.train)
         phases.end("data")
         task = tasks.make_task(config, videos.train, weights)
@@ -60,7 +60,9 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
             summary |= task.finish(state, videos, config, workdir, mesh)
             phases.end("pictures" if config.task == "pretrain" else "test")
         summary["seconds"] = before.get("seconds", phases.seconds)
-        report.write_json(path, summary)
+        if hosts.is_writer():
+            report.write_json(path, summary)
+        hosts.wait("summary")
     return summary
 
 
@@ -71,7 +73,7 @@ def _train(
     videos: splits.Splits,
     schedule: settings.Schedule,
     mesh: jax.sharding.Mesh,
-    interrupt: "_Interrupt",
+    interrupt: hosts.Interrupt,
     phases: "_Phases",
 ) -> tuple[step.TrainState, dict[str, Any], bool]:
     """Restores or initialises, then steps; returns the state, figures, and whether training is over."""
@@ -92,13 +94,21 @@ def _train(
             best.restore(meta.get("best"))
             report.say(f"resuming from step {int(state.step)} in {checkpoints.folder}")
         rate = optim.schedule(schedule.peak_lr, schedule.end_lr, schedule.warmup_steps, schedule.total_steps)
-        train_step = step.make_train_step(
-            task.clip_losses, tx, rate, mesh, shardings, config.optim.accumulate, config.optim.ema
-        )
+        options = (config.optim.accumulate, config.optim.ema, config.mesh.mapping)
+        train_step = step.make_train_step(task.clip_losses, tx, rate, mesh, shardings, *options)
         start = int(state.step)
-        root = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
+        root = sharding.replicate(jax.random.key(config.seed), mesh)
         validation = _Validation(task, videos, config, schedule, mesh, best)
-        log = report.Report(workdir, start, schedule.total_steps, config.data.batch_size, config.log.steps)
+        log = report.Report(
+            workdir,
+            start,
+            schedule.total_steps,
+            config.data.batch_size,
+            config.log.steps,
+            task.flops_per_clip(),
+            task.model.compute.dtype,
+        )
+        profile = report.Profile(workdir, config.log.profile)
         guard = _Guard(workdir, source, root, config.optim.max_skipped, start)
         dataset = pipeline.clips(
             source,
@@ -114,10 +124,17 @@ def _train(
         workers, threads, _ = feed.loader_size(config)
         batches = feed.prefetch(dataset, source, host_videos, mesh, workers=workers, threads=threads)
 
+        watchdog = hosts.Watchdog(config.mesh.step_limit)
+
         def finish_step(
             number: int, metrics: step.Metrics, host_fields: dict[str, np.ndarray], **validated: float
         ) -> None:
-            log.step(number + 1, guard.look(number, metrics, host_fields), validated)
+            values = guard.look(number, metrics, host_fields)
+            watchdog.beat()
+            if values["clips"] < config.data.batch_size:  # some host had a bad video: all look, at once
+                for failed in hosts.together(feed.failed(host_fields)):
+                    bad.count(failed)
+            log.step(number + 1, values, validated)
 
         try:
             pending = None
@@ -126,7 +143,7 @@ def _train(
                 waiting = time.perf_counter()
                 batch, host_fields = next(batches)
                 log.waited(time.perf_counter() - waiting)
-                bad.count(host_fields)
+                profile.before(number)
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
                     state, metrics = train_step(state, batch, root)
                 # The step before has finished by now, or nearly so: the device is never kept waiting.
@@ -137,12 +154,15 @@ def _train(
                     jax.block_until_ready(metrics)
                     phases.end("first step")
                 if validation.is_due(number + 1):
-                    finish_step(*pending, **validation.run(state, log))
+                    with watchdog.paused():
+                        validated = validation.run(state, log)
+                    finish_step(*pending, **validated)
                     pending = None
                 is_over = number + 1 == schedule.total_steps or validation.is_hopeless(number + 1)
-                if interrupt.is_set:
+                is_interrupted = interrupt.is_due(number)
+                if is_interrupted:
                     report.say("SIGTERM: saving a checkpoint, then ending")
-                last = interrupt.is_set or is_over
+                last = is_interrupted or is_over
                 if last or (number + 1) % schedule.checkpoint_steps == 0:
                     # Logged before it is saved, so that no resumed log lacks a line.
                     if pending is not None:
@@ -155,6 +175,8 @@ def _train(
             checkpoints.wait()
             phases.end("steps")
         finally:
+            watchdog.stop()
+            profile.close()
             batches.close()
             log.close()
     figures = {
@@ -182,7 +204,10 @@ def _start_from(path: str, task: tasks.Task, state: step.TrainState) -> step.Tra
     taken = transfer.read(path, task.model, ["/".join(key) for key in ours])
     report.say(f"starting from {path}: {taken}")
     theirs = flatten_dict(taken.params)
-    params = {key: jax.device_put(theirs.get(key, leaf), leaf.sharding) for key, leaf in ours.items()}
+    params = {
+        key: sharding.place(np.asarray(theirs[key]), leaf.sharding) if key in theirs else leaf
+        for key, leaf in ours.items()
+    }
     params = unflatten_dict(params)
     return state._replace(params=params, ema=state.ema and jax.tree.map(jax.numpy.copy, params))
 
@@ -246,7 +271,7 @@ class _Guard:
     def __init__(self, workdir: pathlib.Path, source: Source, root: jax.Array, limit: int, start_step: int):
         self.path, self.source, self.limit = workdir / "skipped_steps.jsonl", source, limit
         self.root = np.asarray(jax.random.key_data(root)).tolist()
-        self.skipped = report.keep_lines(self.path, start_step)
+        self.skipped = report.keep_lines(self.path, start_step) if hosts.is_writer() else 0
         self._in_a_row = 0
 
     def look(self, number: int, metrics: Any, host_fields: dict) -> dict[str, float]:
@@ -261,15 +286,17 @@ class _Guard:
             return values
         self.skipped += 1
         self._in_a_row += 1
+        rows = hosts.together([host_fields["record"].tolist(), host_fields["index"].tolist()])
         entry = {
             "step": number + 1,
             **{name: repr(values[name]) for name in ("loss", "grad_norm", "clips")},
-            "videos": [self.source.ids[record] for record in host_fields["record"]],
-            "index": host_fields["index"].tolist(),
+            "videos": [self.source.ids[record] for records, _ in rows for record in records],
+            "index": [place for _, index in rows for place in index],
             "root_key": self.root,
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        if hosts.is_writer():
+            with self.path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
         report.say(
             f"step {number + 1} skipped: loss {values['loss']}, gradient norm {values['grad_norm']}, "
             f"{values['clips']:.0f} clips; its videos and keys are in {self.path}"
@@ -280,23 +307,6 @@ class _Guard:
                 f"step {number + 1}: lower optim.lr or set optim.clip_norm; {self.path} names their videos"
             )
         return values
-
-
-class _Interrupt:
-    """While active, the first SIGTERM only sets a flag; the loop then saves and ends."""
-
-    is_set = False
-
-    def __enter__(self) -> "_Interrupt":
-        self._before = signal.signal(signal.SIGTERM, self._handle)
-        return self
-
-    def _handle(self, *_signal: object) -> None:
-        self.is_set = True
-        signal.signal(signal.SIGTERM, self._before)  # a second one ends the process at once
-
-    def __exit__(self, *_exception: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
 
 
 class _Phases:
@@ -333,7 +343,8 @@ def _claim(workdir: pathlib.Path, config: Config, source: Source) -> None:
     path = workdir / "config.json"
     ours = {"config": config.to_dict(), "data": source.fingerprint(), "videos": len(source)}
     if not any(d.name.isdigit() for d in workdir.glob("checkpoints/*")):
-        report.write_json(path, ours)  # nothing saved yet, nothing to protect
+        if hosts.is_writer():
+            report.write_json(path, ours)  # nothing saved yet, nothing to protect
         return
     if not path.exists():
         raise UserError(f"{workdir} holds checkpoints but no config.json: use another --workdir")
@@ -353,6 +364,9 @@ def _claim(workdir: pathlib.Path, config: Config, source: Source) -> None:
 
 def _announce(config, task, source, schedule, mesh) -> None:
     devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
+    cut = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    devices += f" ({cut})" if cut else ""
+    devices += f" of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     workers, threads, reason = feed.loader_size(config)
     loader = f"{workers} processes x {threads} threads" if workers else f"{threads} threads"
     report.say(

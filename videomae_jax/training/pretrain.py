@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +14,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from videomae_jax import hosts, sharding
 from videomae_jax.apps import reconstruct
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import pipeline, sources
 from videomae_jax.evaluation import neighbours
 from videomae_jax.interop import export
-from videomae_jax.models import masking
+from videomae_jax.models import masking, vit
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
 from videomae_jax.training import report, testing
 from videomae_jax.training.splits import Splits, spread
@@ -79,6 +81,16 @@ class Pretrain:
         """Mean of all tokens of whole clips: what k-NN looks at."""
         return nnx.merge(self.graphdef, params).encode_all(video).astype(jnp.float32).mean(axis=1)
 
+    def flops_per_clip(self) -> float:
+        """Floating-point operations of a clip's forward and backward pass; see `vit.block_flops`."""
+        c, decoder = self.model, self.model.decoder
+        assert decoder is not None
+        visible, hidden = masking.counts(self.mask, c.grid, self.mask_ratio)
+        voxels, width = math.prod(c.tubelet) * c.channels, c.encoder.width
+        forward = 2 * visible * width * (voxels + decoder.width) + 2 * hidden * decoder.width * voxels
+        forward += vit.block_flops(c.encoder, visible) + vit.block_flops(decoder, visible + hidden)
+        return 3.0 * forward
+
     @property
     def clip_transform(self) -> pipeline.PretrainClip:
         """Record -> training clip."""
@@ -138,12 +150,15 @@ class Pretrain:
         return validate
 
     def finish(
-        self, state: TrainState, splits: Splits, config: Config, workdir: pathlib.Path, _mesh: Mesh
+        self, state: TrainState, splits: Splits, config: Config, workdir: pathlib.Path, mesh: Mesh
     ) -> dict[str, Any]:
-        """Reconstructs held-out clips: PSNR into the summary, pictures into the work folder.
+        """Reconstructs held-out clips: PSNR into the summary, pictures into the work folder; on one host.
 
         Clips and masks are the same for every run: the middle of each video, cropped to its centre.
         """
+        params = jax.device_get(sharding.replicate(state.params, mesh))
+        if not hosts.is_writer():
+            return {}
         held_out = splits.validation
         chosen = held_out.select(spread(len(held_out), _FINAL_CLIPS))
         of = self.clip_transform
@@ -152,7 +167,7 @@ class Pretrain:
         if not ids:
             report.say(f"no pictures: none of the {len(chosen)} held-out videos can be decoded")
             return {"reconstruction": None, "bad_held_out_videos": bad}
-        model = nnx.merge(self.graphdef, jax.device_get(state.params))
+        model = nnx.merge(self.graphdef, params)
         batch = {"index": jnp.arange(len(ids), dtype=jnp.uint32)}
         visible, hidden = self.masks(batch, jax.random.key(config.seed))
         panels = reconstruct.reconstruct(

@@ -43,6 +43,8 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
         raise UserError(f"probes name classes: head.kind={config.head.kind} is for finetuning")
     if not config.init_from:
         raise UserError("a probe needs trained weights: set --config.init_from=WORKDIR or an export")
+    if jax.process_count() > 1:
+        raise UserError("a probe runs on one host: start it on one")
     mesh = tasks.make_mesh(config)
     frozen = features.Frozen(config.init_from, weights.load(config.init_from), per_token=kind == "attentive")
     videos = splits.open_splits(config)

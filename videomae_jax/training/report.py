@@ -5,16 +5,19 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import time
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 from tensorboardX import summary as board_summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
+from videomae_jax import sharding
 from videomae_jax.config import UserError
 
 
@@ -40,9 +43,44 @@ def keep_lines(path: pathlib.Path, last_step: int) -> int:
 
 
 def say(text: str) -> None:
-    """One line for the user, also while a progress bar is on show."""
-    tqdm.tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    """One line for the user, also while a progress bar is on show; of several hosts, from host 0."""
+    if jax.process_index() == 0:
+        tqdm.tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class Profile:
+    """A profile of some steps in WORKDIR/profile, which TensorBoard and xprof open.
+
+    Args:
+        steps: "FIRST:LAST", steps from 1, both included; "": none.
+
+    Raises:
+        UserError: anything else.
+    """
+
+    def __init__(self, workdir: pathlib.Path, steps: str):
+        self.folder, self._is_on = workdir / "profile", False
+        if not re.fullmatch(r"(\d+:\d+)?", steps):
+            raise UserError(f"log.profile={steps!r} is no range of steps: use FIRST:LAST, such as 10:20")
+        self._first, self._last = (int(x) for x in steps.split(":")) if steps else (0, 0)
+        if steps and not 1 <= self._first <= self._last:
+            raise UserError(f"log.profile={steps!r} is empty: use FIRST:LAST, from 1 on, such as 10:20")
+
+    def before(self, number: int) -> None:
+        """Called before step `number` (from 0)."""
+        if self._last and not self._is_on and number + 1 == self._first:
+            jax.profiler.start_trace(str(self.folder))
+            self._is_on = True
+        elif self._is_on and number == self._last:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what there is."""
+        if self._is_on:
+            jax.profiler.stop_trace()
+            self._is_on = False
+            say(f"profile of steps {self._first} to {self._last}: tensorboard --logdir={self.folder}")
 
 
 def memory_gib() -> float:
@@ -92,32 +130,50 @@ class _Board:
 class Report:
     """Turns metrics of finished steps into lines; counts time spent waiting for data.
 
-    The log of a resumed run is that of an undisturbed one: see `keep_lines`.
+    The log of a resumed run is that of an undisturbed one: see `keep_lines`. Only host 0 writes.
 
     Args:
         every: steps from one logged step to the next.
         batch_size: clips per step, over all hosts.
+        flops_per_clip: of the forward and backward pass, for the figures of use.
+        dtype: of the matmuls; the use is told as a share of the peak only in bfloat16.
     """
 
-    def __init__(self, workdir: pathlib.Path, start_step: int, total_steps: int, batch_size: int, every: int):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        start_step: int,
+        total_steps: int,
+        batch_size: int,
+        every: int,
+        flops_per_clip: float,
+        dtype: str,
+    ):
         self.path = workdir / "log.jsonl"
         self.total, self.batch_size, self.every = total_steps, batch_size, every
-        keep_lines(self.path, start_step)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-        self._log = self.path.open("a")
-        self._board = _Board(workdir / "tensorboard", start_step + 1)
+        self._flops, self._peak = flops_per_clip, None
+        if dtype == "bfloat16":
+            self._peak = sharding.peak_flops(jax.local_devices()[0].device_kind)
+        self.last: dict[str, Any] = {}
+        self._log = self._board = None
+        if jax.process_index() == 0:
+            keep_lines(self.path, start_step)
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            self.last = json.loads(lines[-1]) if lines else {}
+            self._log = self.path.open("a")
+            self._board = _Board(workdir / "tensorboard", start_step + 1)
         self._bar = tqdm.tqdm(
             total=total_steps,
             initial=start_step,
             unit="step",
-            disable=None,  # no bar unless the output is a terminal
+            disable=None if self._log else True,  # no bar unless the output is a terminal
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}% |{bar}| {n}/{total} [{remaining} left] {postfix}",
         )
         self._start, self._waited = time.perf_counter(), 0.0
         self._steps, self._window_waited = 0, 0.0
         self._window_start, self._window_steps = self._start, 0
+        self._before, self._step_seconds = self._start, []
 
     def waited(self, seconds: float) -> None:
         """Adds time that the loop spent waiting for a batch."""
@@ -128,6 +184,7 @@ class Report:
         """Leaves time that was not training out of every speed."""
         self._start += seconds
         self._window_start += seconds
+        self._before += seconds
 
     def step(self, step: int, metrics: dict[str, Any], validated: dict[str, float]) -> None:
         """Records that step number `step` (from 1) is done, with its metrics as numbers.
@@ -140,6 +197,9 @@ class Report:
         now = time.perf_counter()
         if self._steps == 1:  # what the first step compiles says nothing about speed
             self._start, self._waited = now, 0.0
+        else:
+            self._step_seconds.append(now - self._before)
+        self._before = now
         if step % self.every and step != self.total and not validated:
             return
         seconds = max(now - self._window_start, 1e-9)
@@ -148,11 +208,13 @@ class Report:
             "step": step,
             **{name: float(value) for name, value in metrics.items()},
             "clips_per_second": clips_per_second,
+            **self._use(clips_per_second),
             "data_wait": self._window_waited / seconds,
             "memory_gib": memory_gib(),
             **validated,
         }
         self._window_start, self._window_steps, self._window_waited = now, 0, 0.0
+        self._step_seconds = []
         try:
             self._write(step)
         except OSError as error:
@@ -160,9 +222,10 @@ class Report:
                 f"the log in {self.path.parent} cannot be written ({error.strerror or error}): free some "
                 f"space, then run the same command again"
             ) from error
+        use = f"  MFU {self.last['mfu']:.1%}" if "mfu" in self.last else ""
         text = (
             f"loss {self.last['loss']:.4f}  lr {self.last['learning_rate']:.2e}  "
-            f"{clips_per_second:.1f} clips/s  waiting for data {self.last['data_wait']:.1%}"
+            f"{clips_per_second:.1f} clips/s{use}  waiting for data {self.last['data_wait']:.1%}"
         )
         text += "".join(f"  {name.replace('_', ' ')} {value:.4f}" for name, value in validated.items())
         self._bar.set_postfix_str(text)
@@ -171,7 +234,23 @@ class Report:
             left = f"  {(self.total - step) * self.batch_size / speed:.0f} s left" if speed else ""
             say(f"step {step}/{self.total}  {text}{left}")
 
+    def _use(self, clips_per_second: float) -> dict[str, float]:
+        """What each device does, and how evenly; the share of its peak where that is known (MFU)."""
+        per_device = clips_per_second / jax.device_count()
+        found = {
+            "clips_per_second_per_device": per_device,
+            "tflops_per_device": per_device * self._flops / 1e12,
+        }
+        if self._peak:
+            found["mfu"] = per_device * self._flops / self._peak
+        if self._step_seconds:
+            for percent in (50, 95, 100):
+                found[f"step_seconds_p{percent}"] = float(np.percentile(self._step_seconds, percent))
+        return found
+
     def _write(self, step: int) -> None:
+        if self._log is None or self._board is None:
+            return
         # A skipped step's loss is not a number, and NaN is not JSON.
         line = {name: value if math.isfinite(value) else None for name, value in self.last.items()}
         self._log.write(json.dumps(line) + "\n")
@@ -191,7 +270,7 @@ class Report:
     def close(self) -> None:
         """Ends the bar and the files."""
         self._bar.close()
-        for file in (self._board, self._log):
+        for file in filter(None, (self._board, self._log)):
             with contextlib.suppress(OSError):  # each line was flushed, and its failure told, at once
                 file.close()
 

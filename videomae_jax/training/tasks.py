@@ -1,9 +1,11 @@
 """From settings to a task: what is trained, and whether the settings fit together."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from videomae_jax import sharding
 from videomae_jax.config import Config, UserError
@@ -11,10 +13,10 @@ from videomae_jax.data import randaugment
 from videomae_jax.data.sources import Source
 from videomae_jax.evaluation import reconstruction
 from videomae_jax.interop import weights as stored
-from videomae_jax.models import masking, tubelets
+from videomae_jax.models import masking, tubelets, vit
 from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.mae import VideoMAEConfig
-from videomae_jax.training import losses
+from videomae_jax.training import losses, report
 from videomae_jax.training.finetune import Finetune
 from videomae_jax.training.mixup import Mix
 from videomae_jax.training.pretrain import Pretrain
@@ -34,19 +36,40 @@ def make_task(config: Config, train: Source | None = None, weights: str = "") ->
         UserError: sizes and settings that do not fit together.
     """
     try:
-        return _pretrain(config) if config.task == "pretrain" else _finetune(config, train, weights)
+        task = _pretrain(config) if config.task == "pretrain" else _finetune(config, train, weights)
     except ValueError as error:
         raise UserError(str(error)) from None
+    for name in ("encoder", "decoder"):
+        stack = getattr(task.model, name, None)
+        if stack and stack.num_heads % config.mesh.tensor:
+            raise UserError(
+                f"mesh.tensor={config.mesh.tensor} does not divide model.{name}.num_heads={stack.num_heads}: "
+                f"each device takes whole heads"
+            )
+    return task
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:
     """The mesh that the settings ask for.
 
     Raises:
-        UserError: it does not use every device.
+        UserError: it does not use every device, or asks for what `mesh.mapping` or a host cannot do.
     """
+    sizes = config.mesh
+    if sizes.mapping not in ("jit", "pmap"):
+        raise UserError(f"mesh.mapping={sizes.mapping!r} is unknown: use jit or pmap")
+    if sizes.mapping == "pmap" and (sizes.fsdp * sizes.tensor > 1 or jax.process_count() > 1):
+        raise UserError(
+            "mesh.mapping=pmap gives each device of one host a whole copy of the state: with mesh.fsdp, "
+            "mesh.tensor or several hosts use --config.mesh.mapping=jit"
+        )
+    if jax.local_device_count() % sizes.tensor:
+        raise UserError(
+            f"mesh.tensor={sizes.tensor} does not divide the {jax.local_device_count()} devices of a host: "
+            f"a clip's devices must share a host"
+        )
     try:
-        return sharding.make_mesh(**config.mesh)
+        return sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -55,13 +78,38 @@ def backbone(config: Config) -> dict[str, Any]:
     """The settings that every model shares, as fields of its config, plain data."""
     model = config.model.to_dict()
     del model["decoder"]
-    dtype, unroll, remat = (model.pop(name) for name in ("dtype", "unroll", "remat"))
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return model | {
-        "clip_size": (config.data.frames, *config.data.size),
-        "compute": {"dtype": dtype, "unroll": unroll, "remat": remat},
-    }
+    compute = {name: model.pop(name) for name in ("dtype", "unroll", "remat", "attention")}
+    if compute["dtype"] == "auto":
+        compute["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    widths = {stack["width"] // stack["num_heads"] for stack in (model["encoder"], config.model.decoder)}
+    compute["attention"] = _attention(compute["attention"], compute["dtype"], tuple(sorted(widths)))
+    return model | {"clip_size": (config.data.frames, *config.data.size), "compute": compute}
+
+
+@functools.cache
+def _attention(wanted: str, dtype: str, head_widths: tuple[int, ...]) -> str:
+    """The kernel that `model.attention` means on this machine: "auto" tries the fused one, both ways."""
+    if wanted not in ("auto", "cudnn"):
+        return wanted
+    if wanted == "auto" and (jax.default_backend() != "gpu" or dtype == "float32"):
+        return "xla"
+
+    def probe(x: jax.Array) -> jax.Array:
+        return vit.attend(x, x, x, "cudnn").astype(jnp.float32).sum()
+
+    try:
+        for width in head_widths:
+            heads = jnp.zeros((2, 2, 160, width), dtype)
+            jax.block_until_ready(jax.jit(jax.grad(probe))(heads))
+    except Exception as error:  # compilers and drivers raise what they like
+        reason = str(error).strip().split("\n")[0][:200]
+        if wanted == "cudnn":
+            raise UserError(
+                f"model.attention=cudnn does not work here with {dtype} ({reason}): set it to auto or xla"
+            ) from None
+        report.say(f"model.attention=auto: the fused kernel does not work here, using xla ({reason})")
+        return "xla"
+    return "cudnn"
 
 
 def _pretrain(config: Config) -> Pretrain:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from videomae_jax import sharding
+from videomae_jax import hosts, sharding
 from videomae_jax.config import Config
 from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
@@ -28,8 +28,9 @@ class Outputs:
     Attributes:
         records: place in the source, ascending, each once.
         values: float32 [B, V, ...].
-        failed: id -> why it could not be decoded (of this host's videos), of `num_failed` in all.
-        short: ids of videos shorter than a clip, whose last frame is repeated (of this host's videos).
+        failed: id -> why it could not be decoded; of one batch, of this host's videos only.
+        num_failed: how many in all.
+        short: ids of videos shorter than a clip, whose last frame is repeated; likewise.
     """
 
     records: np.ndarray
@@ -72,20 +73,26 @@ class Evaluator:
         """All outputs; videos that cannot be decoded are left out and named."""
         parts = list(self.batches(params))
         joined = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("records", "values")}
+        ours = [[list(part.failed.items()), part.short] for part in parts]
+        everyone = [part for theirs in hosts.together(ours) for part in theirs]
         return Outputs(
             **joined,
-            failed={video: reason for part in parts for video, reason in part.failed.items()},
+            failed={video: reason for failed, _ in everyone for video, reason in failed},
             num_failed=sum(part.num_failed for part in parts),
-            short=[video for part in parts for video in part.short],
+            short=[video for _, short in everyone for video in short],
         )
 
     def batches(self, params: Any, start: int = 0) -> Generator[Outputs]:
         """The outputs of one batch of `batch_videos` videos after the other, from batch `start` on."""
-        hosts = jax.process_count()
         dataset = pipeline.once(
-            self.source, self.views, self.batch_videos, host=jax.process_index(), hosts=hosts
+            self.source,
+            self.views,
+            self.batch_videos,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
         )
-        host_videos = self.batch_videos // hosts
+        host_videos = self.batch_videos // jax.process_count()
+        params = sharding.replicate(params, self.mesh)  # whole, if training cuts them
         sizes = dict(zip(("workers", "threads"), self.loader, strict=True))
         ahead = feed.prefetch(
             dataset[start * host_videos :], self.source, host_videos, self.mesh, by_video=True, **sizes

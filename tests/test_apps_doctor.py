@@ -1,0 +1,86 @@
+"""The doctor: every check on this machine, and what it says of broken ones."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from videomae_jax.apps import doctor
+from videomae_jax.data import decode
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(doctor, "_seconds", lambda step, *arguments: (step(*arguments), 1e-3)[1])
+
+
+def by_check(findings) -> dict[str, list]:
+    return {name: [f for f in findings if f.check == name] for name in {f.check for f in findings}}
+
+
+def test_a_sound_machine(shapes, tmp_path, capsys):
+    found = by_check(doctor.run(str(shapes), str(tmp_path / "new" / "run")))
+    assert set(found) == {
+        "versions",
+        "devices",
+        "memory",
+        "matmul",
+        "attention",
+        "decoder",
+        "work folder",
+    } | {
+        "data",
+        "hosts",
+    }
+    assert {f.status for name in found if name != "work folder" for f in found[name]} == {"ok"}
+    assert "8 x cpu" in found["devices"][0].text
+    assert "32 training videos, 8 classes" in found["data"][0].text
+    assert "8 of the videos tried" in found["data"][1].text
+    assert not (tmp_path / "new").exists()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == sum(map(len, found.values()))
+    assert lines[0].startswith("ok       versions     Python 3.")
+
+
+def test_what_is_broken_is_told_and_hides_nothing(tmp_path, monkeypatch):
+    def broken(*_):
+        raise decode.DecodeError("no codec")
+
+    monkeypatch.setattr(decode, "read_clip", broken)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    found = by_check(doctor.run(str(tmp_path / "nothing"), str(tmp_path)))
+    assert found["decoder"][0].status == "fix"
+    assert "EXTRAS=cuda" in found["devices"][1].text
+    assert "cannot be written" in found["work folder"][0].text
+    assert found["data"][0].status == "fix"
+    assert found["hosts"][0].status == "ok"
+
+
+def test_a_bad_video_is_a_warning(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "broken.mp4").write_bytes(b"nothing")
+    (data,) = (
+        f for f in doctor.run(str(tmp_path), str(tmp_path)) if f.status == "warning" and f.check == "data"
+    )
+    assert "1 of 1 videos cannot be decoded" in data.text
+    assert "broken.mp4" in data.text
+
+
+def test_the_command_fails_where_something_must_be_mended(tmp_path):
+    words = [
+        sys.executable,
+        "-m",
+        "videomae_jax",
+        "doctor",
+        f"--data={tmp_path / 'none'}",
+        "--out=found.json",
+    ]
+    done = subprocess.run(words, cwd=tmp_path, env=None, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("videomae_jax: doctor: data must be mended")
+    assert {f["check"]: f["status"] for f in json.loads((tmp_path / "found.json").read_text())}[
+        "data"
+    ] == "fix"
+    assert "Traceback" not in done.stderr

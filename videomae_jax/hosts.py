@@ -1,0 +1,193 @@
+"""Several hosts, one run: what each must know of the others, when all of them stop, and what ends a hang.
+
+A host is a process with devices of its own. All run the same command on their share of every batch; host 0
+alone writes, but for checkpoints, of which each writes its part.
+"""
+
+import contextlib
+import faulthandler
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Generator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from videomae_jax import config as settings
+from videomae_jax.config import Config, UserError
+from videomae_jax.data.sources import Source
+
+
+def is_writer() -> bool:
+    """Whether this host writes what a run leaves."""
+    return jax.process_index() == 0
+
+
+def together(value: Any) -> list[Any]:
+    """The `value` of every host, in their order; plain JSON data. All hosts must ask."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32)).reshape(-1)
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def wait(name: str) -> None:
+    """Returns when all hosts are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@functools.cache
+def code_version() -> str:
+    """A hash of the package's source files."""
+    folder = pathlib.Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+_FIXES = {
+    "code": "install the same sources everywhere",
+    "versions": "install the same versions everywhere",
+    "devices": "give every host as many devices of one kind",
+    "videos": "let data.path name the same videos everywhere",
+}
+
+
+def check_same(**more: Any) -> None:
+    """Refuses hosts with other code, versions or devices, or with other facts of what is run.
+
+    Raises:
+        UserError: the same on every host, naming the first difference.
+    """
+    facts = {
+        "code": code_version(),
+        "versions": f"jax {jax.__version__}, Python {sys.version.split()[0]}",
+        "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        **more,
+    }
+    everyone = together(facts)
+    for host, theirs in enumerate(everyone):
+        for name, fact in theirs.items():
+            if fact != everyone[0][name]:
+                raise UserError(
+                    f"host {host} has other {name} ({fact}) than host 0 ({everyone[0][name]}): {_FIXES[name]}"
+                )
+
+
+def check_agreement(config: Config, source: Source, workdir: pathlib.Path) -> None:
+    """Refuses hosts that do not run the same: settings, code, versions, videos, work folder.
+
+    Raises:
+        UserError: the same on every host, naming the first difference.
+    """
+    if jax.process_count() == 1:
+        return
+    everyone = together(config.to_dict())
+    for host, theirs in enumerate(everyone):
+        changed = settings.differences(everyone[0], theirs)
+        if changed:
+            raise UserError(
+                f"host {host} has other settings than host 0 ({'; '.join(changed)}): start all alike"
+            )
+    check_same(videos=[len(source), source.fingerprint()])
+    _check_workdir(workdir)
+
+
+def _check_workdir(workdir: pathlib.Path) -> None:
+    """Refuses a work folder that some host cannot write, or that is not the same one on all of them."""
+    token = together(os.urandom(8).hex())[0]
+    names = [f".host-{host}-{token}" for host in range(jax.process_count())]
+    mine = workdir / names[jax.process_index()]
+    trouble = ""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        mine.touch()
+    except OSError as error:
+        trouble = f"cannot write {workdir} ({error.strerror or error}): give it the right to"
+    problems = together(trouble)
+    if not any(problems):
+        seen = [name for name in names if (workdir / name).exists()]
+        is_shared = (
+            ""
+            if len(seen) == len(names)
+            else (f"has a {workdir} of its own: name a --workdir that all hosts share")
+        )
+        problems = together(is_shared)
+    wait("work folder")
+    with contextlib.suppress(OSError):
+        mine.unlink()
+    for host, problem in enumerate(problems):
+        if problem:
+            raise UserError(f"host {host} {problem}")
+
+
+class Interrupt:
+    """While active, the first SIGTERM only sets a flag; the loop then saves and ends.
+
+    Of several hosts each may get the signal, at any time: all then stop after the same step.
+    """
+
+    _is_set = False
+
+    def __enter__(self) -> "Interrupt":
+        # With several hosts JAX's own handler tells the others.
+        self._is_alone = jax.process_count() == 1
+        if self._is_alone:
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def _handle(self, *_signal: object) -> None:
+        self._is_set = True
+        signal.signal(signal.SIGTERM, self._before)  # a second one ends the process at once
+
+    def is_due(self, step: int) -> bool:
+        """Whether to stop after this step; asked once a step, by all hosts."""
+        return self._is_set if self._is_alone else multihost_utils.reached_preemption_sync_point(step)
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._is_alone:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+class Watchdog:
+    """Ends the process with a stack dump and status 1 where a step takes longer than a limit.
+
+    A lost host leaves the others waiting in a sum over all of them, for ever.
+
+    Args:
+        seconds: the limit; 0: none.
+    """
+
+    def __init__(self, seconds: int):
+        self.seconds = seconds
+
+    def beat(self) -> None:
+        """A step is done, the next one begins."""
+        if self.seconds:
+            # Not sys.stderr, which notebooks and tests replace by what is no file.
+            stderr = sys.__stderr__ or sys.stderr
+            faulthandler.dump_traceback_later(self.seconds, exit=True, file=stderr)
+
+    @contextlib.contextmanager
+    def paused(self) -> Generator[None]:
+        """While something else than a step runs."""
+        self.stop()
+        yield
+        self.beat()
+
+    def stop(self) -> None:
+        """Ends the watch."""
+        faulthandler.cancel_dump_traceback_later()
