@@ -57,7 +57,7 @@ def test_nothing_is_left_when_generation_fails_or_was_killed(shapes, tmp_path):
 
 @pytest.mark.parametrize(
     ("motion", "reverse"),
-    [("left", "right"), ("up", "down"), ("rise", "sink"), ("grow", "shrink")],
+    [("left", "right"), ("up", "down"), ("up_left", "down_right"), ("down_left", "up_right")],
 )
 def test_pairs_are_time_reversed(motion, reverse):
     """The same draws give the mirrored trajectory, so a pair shares its single frames."""
