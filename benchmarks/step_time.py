@@ -1,13 +1,15 @@
-"""Time of a training step against the Hugging Face PyTorch model, in the same run on the same device.
+"""Time of a step against the Hugging Face PyTorch model, in the same run on the same device.
 
     .venv/bin/python benchmarks/step_time.py --size=small --batch=4          (needs the extra [torch])
     .venv/bin/python benchmarks/step_time.py --size=small --batch=2 --task=finetune
+    .venv/bin/python benchmarks/step_time.py --size=base --batch=256 --peers=eager,compiled --attention=cudnn
     .venv/bin/python benchmarks/step_time.py --compile-time                  (compile time by depth; no peer)
 
-Both sides do the same work: raw uint8 clips in, 16 x 224 x 224, loss, every gradient, one AdamW update.
-Pretraining: tube mask 0.9, normalised target. Finetuning: 400 classes, label smoothing 0.1, all tokens. Steps
-alternate A B A B ...; the figure to quote is the median of the ratios of pairs. Prints one table and one JSON
-line. On a GPU both compute in bfloat16 (PyTorch by autocast).
+All sides do the same work: raw uint8 clips in, 16 x 224 x 224, loss, every gradient, one AdamW update.
+Pretraining: tube mask 0.9, normalised target. Finetuning: 400 classes, label smoothing 0.1, all tokens.
+Inference: logits of 400 classes. Peers are the model as it is (SDPA attention) and under `torch.compile`;
+steps alternate A B C A B C ...; the figure to quote is the median of the ratios of pairs. Prints one table
+and one JSON line. On a GPU all compute in bfloat16 (PyTorch by autocast). FLOPs count matmuls only.
 """
 
 import argparse
@@ -33,7 +35,9 @@ from videomae_jax.training.pretrain import Pretrain
 CLIP, CLASSES = (16, 224, 224), 400
 
 
-def make_task(size: vit.Size, dtype: str, unroll: int, name: str) -> Pretrain | Finetune:
+def make_task(
+    size: vit.Size, dtype: str, unroll: int, name: str, remat: str = "none", attention: str = "xla"
+) -> Pretrain | Finetune:
     """The published task of a size."""
     backbone = {
         "clip_size": CLIP,
@@ -41,7 +45,7 @@ def make_task(size: vit.Size, dtype: str, unroll: int, name: str) -> Pretrain | 
         "pixel_mean": settings.IMAGENET_MEAN,
         "pixel_std": settings.IMAGENET_STD,
         "encoder": size.encoder,
-        "compute": vit.Compute(dtype=dtype, unroll=unroll),
+        "compute": vit.Compute(dtype, unroll, remat, attention),
     }
     if name == "pretrain":
         return Pretrain(VideoMAEConfig(**backbone, decoder=size.decoder), "tube", 0.9, True, "mse", stride=4)
@@ -50,53 +54,40 @@ def make_task(size: vit.Size, dtype: str, unroll: int, name: str) -> Pretrain | 
     return Finetune(model, stride=4, **plain, clips_per_video=1, smoothing=0.1, class_weights=None, frozen=0)
 
 
-def flops_per_clip(task: Pretrain | Finetune) -> float:
-    """Floating-point operations of a clip's forward and backward pass: matmuls only, two per multiply-add."""
-    model = task.model
-    voxels, tokens = math.prod(model.tubelet) * model.channels, math.prod(model.grid)
-
-    def blocks(stack: vit.Stack, tokens: int) -> float:
-        per_token = 4 * stack.width**2 + 2 * stack.width * stack.mlp_dim + 2 * tokens * stack.width
-        return stack.depth * tokens * per_token
-
-    encoder = model.encoder
-    if isinstance(task, Finetune):
-        return 6.0 * (tokens * voxels * encoder.width + blocks(encoder, tokens) + encoder.width * CLASSES)
-    visible, hidden = masking.counts(task.mask, model.grid, task.mask_ratio)
-    decoder = task.model.decoder
-    forward = (
-        visible * voxels * encoder.width
-        + blocks(encoder, visible)
-        + visible * encoder.width * decoder.width
-        + blocks(decoder, visible + hidden)
-        + hidden * decoder.width * voxels
-    )
-    return 6.0 * forward
-
-
-def our_step(task: Pretrain | Finetune, video: np.ndarray):
-    """A function that runs one step and waits for it, and the seconds it took to compile."""
+def our_step(task: Pretrain | Finetune, video: np.ndarray, is_training: bool):
+    """(a function that runs one step and waits for it, seconds to compile it, bytes that it needs)"""
     mesh = sharding.make_mesh(-1, 1, 1)
-    tx = optim.adamw((0.9, 0.95), 1e-8, 0.05, 0.0)
-    state, shardings = step.init_state(task.init, tx, mesh, seed=0)
-    train_step = step.make_train_step(task.clip_losses, tx, lambda _: jnp.float32(1e-4), mesh, shardings)
     rows = len(video)
     fields = {"video": video, "index": np.arange(rows, dtype=np.uint32), "weight": np.ones(rows, np.float32)}
     batch = sharding.global_batch(mesh, fields | {"label": np.arange(rows, dtype=np.int32)})
-    root = jax.random.key(0)
+    if is_training:
+        tx = optim.adamw((0.9, 0.95), 1e-8, 0.05, 0.0)
+        state, shardings = step.init_state(task.init, tx, mesh, seed=0)
+        lowering = step.make_train_step(task.clip_losses, tx, lambda _: jnp.float32(1e-4), mesh, shardings)
+        arguments = (state, batch, jax.random.key(0))
+    else:
+        assert isinstance(task, Finetune)
+        lowering = jax.jit(task.outputs)
+        arguments = (sharding.replicate(task.init(jax.random.key(0)), mesh), batch["video"])
     started = time.perf_counter()
-    compiled = train_step.lower(state, batch, root).compile()
+    compiled = lowering.lower(*arguments).compile()
     seconds = time.perf_counter() - started
+    needs = compiled.memory_analysis()
+    total = needs.temp_size_in_bytes + needs.argument_size_in_bytes
 
-    def run() -> float:
-        nonlocal state
-        state, metrics = compiled(state, batch, root)
+    def train() -> float:
+        nonlocal arguments
+        state, metrics = compiled(*arguments)
+        arguments = (state, *arguments[1:])
         return float(metrics["loss"])
 
-    return run, seconds
+    def infer() -> float:
+        return float(compiled(*arguments)[0, 0])
+
+    return (train if is_training else infer), seconds, total
 
 
-def their_step(size: vit.Size, video: np.ndarray, mask: np.ndarray | None, compiled: bool):
+def their_step(size: vit.Size, video: np.ndarray, mask: np.ndarray | None, compiled: bool, is_training: bool):
     """The same step of the `transformers` model, of its classifier without a mask; SDPA attention."""
     import torch
     import transformers
@@ -121,7 +112,7 @@ def their_step(size: vit.Size, video: np.ndarray, mask: np.ndarray | None, compi
         attn_implementation="sdpa",
     )
     kinds = (transformers.VideoMAEForVideoClassification, transformers.VideoMAEForPreTraining)
-    model = kinds[mask is not None](sizes).to(device).train()
+    model = kinds[mask is not None](sizes).to(device).train(is_training)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
     forward = torch.compile(model) if compiled else model
     raw, labels = torch.from_numpy(video).to(device), torch.arange(len(video), device=device)
@@ -130,7 +121,13 @@ def their_step(size: vit.Size, video: np.ndarray, mask: np.ndarray | None, compi
     )
     hidden = None if mask is None else torch.from_numpy(mask.copy()).to(device)
 
-    def run() -> float:
+    @torch.no_grad()
+    def infer() -> float:
+        pixels = (raw.permute(0, 1, 4, 2, 3).float() / 255 - mean) / std
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            return float(forward(pixels).logits[0, 0])
+
+    def train() -> float:
         pixels = (raw.permute(0, 1, 4, 2, 3).float() / 255 - mean) / std
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             if hidden is None:
@@ -143,7 +140,7 @@ def their_step(size: vit.Size, video: np.ndarray, mask: np.ndarray | None, compi
         optimizer.step()
         return float(loss.detach())
 
-    return run
+    return train if is_training else infer
 
 
 def timed(run) -> float:
@@ -155,9 +152,9 @@ def timed(run) -> float:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Prints the table and the JSON line of one size."""
-    size = vit.SIZES[arguments.size]
+    size, is_training = vit.SIZES[arguments.size], arguments.task != "inference"
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    task = make_task(size, dtype, arguments.unroll, arguments.task)
+    task = make_task(size, dtype, arguments.unroll, arguments.task, arguments.remat, arguments.attention)
     rng = np.random.default_rng(0)
     video = rng.integers(0, 256, (arguments.batch, *CLIP, 3), dtype=np.uint8)
     mask = None
@@ -165,32 +162,44 @@ def compare(arguments: argparse.Namespace) -> None:
         keys = jax.random.split(jax.random.key(0), arguments.batch)
         _, indices = masking.indices(keys, "tube", task.model.grid, 0.9)
         mask = np.asarray(masking.to_mask(indices, math.prod(task.model.grid)))
-    ours, compile_seconds = our_step(task, video)
-    theirs = their_step(size, video, mask, arguments.torch_compile)
-    for run in (ours, theirs):
+    ours, compile_seconds, needs = our_step(task, video, is_training)
+    sides = {"videomae_jax": ours}
+    for peer in filter(None, arguments.peers.split(",")):
+        sides[f"PyTorch {peer}"] = their_step(size, video, mask, peer == "compiled", is_training)
+    for run in sides.values():
         run(), run()
-    pairs = [(timed(ours), timed(theirs)) for _ in range(arguments.pairs)]
-    ours_seconds, their_seconds = (statistics.median(side) for side in zip(*pairs, strict=True))
-    flops = flops_per_clip(task) * arguments.batch
+    rounds = [{name: timed(run) for name, run in sides.items()} for _ in range(arguments.pairs)]
+    flops = task.flops_per_clip() * arguments.batch / (1 if is_training else 3)
+    device = jax.devices()[0].device_kind
+    peak = sharding.peak_flops(device) if dtype == "bfloat16" else None
     result = {
-        "task": arguments.task,
-        "size": arguments.size,
-        "batch": arguments.batch,
+        **{
+            name: getattr(arguments, name)
+            for name in ("task", "size", "batch", "attention", "remat", "pairs")
+        },
         "dtype": dtype,
-        "device": jax.devices()[0].device_kind,
-        "ours_seconds": ours_seconds,
-        "theirs_seconds": their_seconds,
-        "speedup": statistics.median(b / a for a, b in pairs),
-        "ours_clips_per_second": arguments.batch / ours_seconds,
-        "ours_tflops": flops / ours_seconds / 1e12,
+        "device": device,
         "compile_seconds": compile_seconds,
-        "torch_compile": arguments.torch_compile,
-        "pairs": arguments.pairs,
+        "gib": needs / 2**30,
+        "sides": {},
     }
-    print(f"{'':12}{'s/step':>10}{'clips/s':>10}{'TFLOP/s':>10}")
-    for name, seconds in (("videomae_jax", ours_seconds), ("PyTorch", their_seconds)):
-        print(f"{name:12}{seconds:10.3f}{arguments.batch / seconds:10.2f}{flops / seconds / 1e12:10.3f}")
-    print(f"median of {arguments.pairs} ratios: {result['speedup']:.2f} times the peer's speed")
+    print(f"{'':18}{'s/step':>10}{'clips/s':>10}{'TFLOP/s':>10}{'MFU':>8}{'times as fast':>15}")
+    for name in sides:
+        seconds = statistics.median(times[name] for times in rounds)
+        found = {
+            "seconds": seconds,
+            "clips_per_second": arguments.batch / seconds,
+            "tflops": flops / seconds / 1e12,
+            "mfu": peak and flops / seconds / peak,
+            # How many times as fast as this side ours is.
+            "speedup": statistics.median(times[name] / times["videomae_jax"] for times in rounds),
+        }
+        result["sides"][name] = found
+        use = f"{found['mfu']:8.1%}" if found["mfu"] else f"{'-':>8}"
+        print(
+            f"{name:18}{seconds:10.3f}{found['clips_per_second']:10.2f}{found['tflops']:10.3f}{use}"
+            f"{found['speedup']:15.2f}"
+        )
     print(json.dumps(result))
 
 
@@ -201,7 +210,7 @@ def compile_time() -> None:
     for depth in (4, 8, 24, 32):
         size = vit.SIZES["small"]
         size = dataclasses.replace(size, encoder=dataclasses.replace(size.encoder, depth=depth))
-        _, seconds[depth] = our_step(make_task(size, "float32", 1, "pretrain"), video)
+        _, seconds[depth], _ = our_step(make_task(size, "float32", 1, "pretrain"), video, True)
         print(f"depth {depth:3}: {seconds[depth]:6.2f} s")
     ratios = {"24_over_4": seconds[24] / seconds[4], "32_over_8": seconds[32] / seconds[8]}
     print(json.dumps({"compile_seconds": seconds, **ratios}))
@@ -211,11 +220,13 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", default="small", choices=["small", "base", "large", "huge"])
-    parser.add_argument("--task", default="pretrain", choices=["pretrain", "finetune"])
+    parser.add_argument("--task", default="pretrain", choices=["pretrain", "finetune", "inference"])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--unroll", type=int, default=1)
-    parser.add_argument("--torch-compile", action="store_true")
+    parser.add_argument("--remat", default="none", choices=["none", "dots", "full"])
+    parser.add_argument("--attention", default="xla", choices=["xla", "cudnn"])
+    parser.add_argument("--peers", default="eager", help="eager, compiled, both by a comma, or empty")
     parser.add_argument("--compile-time", action="store_true")
     arguments = parser.parse_args()
     compile_time() if arguments.compile_time else compare(arguments)

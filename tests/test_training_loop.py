@@ -325,3 +325,33 @@ def test_a_killed_loader_process_ends_the_run_with_one_line(debug_config):
     assert feed._next(iterator) == {}
     with pytest.raises(feed.TrainingError, match="a loader process was killed, perhaps for want of memory"):
         feed._next(iterator)
+
+
+def test_nothing_is_compiled_or_fetched_after_the_first_step(tmp_path, debug_config, monkeypatch):
+    """Counted at each step; fetched are only the metrics, by name. (A CPU never trips the transfer guard.)"""
+    compiled, counts, fetched = [], [], []
+
+    def heard(event, *_args, **_kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    def step(self, *args, plain=loop.report.Report.step):
+        counts.append(len(compiled))
+        return plain(self, *args)
+
+    def device_get(tree, plain=jax.device_get):
+        fetched.append(sorted(tree) if isinstance(tree, dict) else tree)
+        return plain(tree)
+
+    monkeypatch.setattr(loop.report.Report, "step", step)
+    monkeypatch.setattr(jax, "device_get", device_get)
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    debug_config.optim.duration, debug_config.checkpoint.every = 8, 8  # Orbax compiles, once
+    try:
+        with jax.transfer_guard_device_to_host("disallow"):
+            loop.run(debug_config, tmp_path, time.time())
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+    assert counts[0] > 0
+    assert counts == [counts[0]] * 8
+    assert fetched[:8] == [["clips", "grad_norm", "learning_rate", "loss", "skipped"]] * 8
