@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--unroll", type=int, default=1)
     parser.add_argument("--remat", default="none", choices=["none", "dots", "full"])
-    parser.add_argument("--attention", default="xla", choices=["xla", "cudnn"])
+    parser.add_argument("--attention", default="xla", choices=["xla", "blocks", "cudnn"])
     parser.add_argument("--peers", default="eager", help="eager, compiled, both by a comma, or empty")
     parser.add_argument("--compile-time", action="store_true")
     arguments = parser.parse_args()

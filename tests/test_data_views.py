@@ -151,7 +151,7 @@ def test_relabelling_by_name(shapes):
     assert names == [test.classes[label] for label in test.labels]
     assert turned.labels != test.labels
     assert sources.relabel(test, test.classes) is test
-    with pytest.raises(sources.SourceError, match=r"the class 'up', .* 7 classes of the model in X"):
+    with pytest.raises(sources.SourceError, match=r"the class 'up_right', .* 7 classes of the model in X"):
         sources.relabel(test, test.classes[:-1], "the model in X")
 
 

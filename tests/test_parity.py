@@ -124,7 +124,7 @@ def test_three_adamw_steps(model, expected, video, mask, golden):
 
 def assert_three_steps(clip_losses, params, tx, rate, expected, epsilon):
     """Losses and parameters of three updates are the published ones."""
-    mesh = mesh_of(2)
+    mesh = mesh_of(1)
     state = step.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     train_step = step.make_train_step(clip_losses, tx, rate, mesh, sharding.state_sharding(mesh, state))
     batch = {"weight": jnp.ones(2)}

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import videomae_jax as vm
-from videomae_jax.models import positions, vit
+from videomae_jax.models import attention, positions, vit
 
 # (N, D): row 1 columns 0-3 and last two, row N-1 columns 0-3 and last two, sum (fact sheet 1.2)
 TABLES = {
@@ -208,3 +208,19 @@ def test_gelu_is_the_exact_one():
     x = jnp.linspace(-4, 4, 101)
     np.testing.assert_allclose(vit.gelu(x), jax.nn.gelu(x, approximate=False), atol=1e-6)
     assert np.abs(vit.gelu(x) - jax.nn.gelu(x, approximate=True)).max() > 1e-4
+
+
+def test_attention_in_blocks_is_attention(rng):
+    """Also where the queries have no divisor but themselves and 1; and it is computed another way."""
+    for queries in (1026, 521):
+        heads = [jnp.asarray(rng.normal(size=(2, 3, queries, 8)), jnp.float32) for _ in range(3)]
+        both = []
+        for kind in ("xla", "blocks"):
+            of = jax.jit(
+                jax.value_and_grad(lambda q, k, v, kind=kind: (attention.attend(q, k, v, kind) * v).sum())
+            )
+            both.append(of(*heads))
+            is_whole = f"f32[2,3,{queries},{queries}]" in of.lower(*heads).compile().as_text()
+            assert is_whole == (kind == "xla")
+        np.testing.assert_allclose(both[1][0], both[0][0], rtol=1e-5)
+        np.testing.assert_allclose(both[1][1], both[0][1], atol=1e-6)

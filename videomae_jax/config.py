@@ -42,7 +42,7 @@ def defaults() -> Config:
     c.model.remat = (
         "none"  # computed again in the backward pass, to save memory: none | dots (all but matmuls) | full
     )
-    c.model.attention = "auto"  # xla | cudnn (NVIDIA, bfloat16) | auto (cudnn where it works)
+    c.model.attention = "auto"  # xla | blocks (CPU) | cudnn (NVIDIA, bfloat16) | auto (what works best here)
 
     c.head = ml_collections.ConfigDict()
     c.head.kind = "softmax"  # softmax (one class a video) | multilabel | regression

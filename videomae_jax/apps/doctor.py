@@ -21,7 +21,7 @@ import numpy as np
 
 from videomae_jax import hosts, sharding
 from videomae_jax.data import decode, prepared, processes, reading
-from videomae_jax.models import vit
+from videomae_jax.models import attention
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "av", "numpy")
 _SPACE_GIB = 10  # a few ViT-B checkpoints
@@ -123,7 +123,7 @@ def _attention() -> Iterator[tuple[str, str]]:
     is_cpu = jax.default_backend() == "cpu"
     heads = jnp.ones((2 if is_cpu else 64, 12, 160, 64), "float32" if is_cpu else "bfloat16")
     for kind in ("xla",) if is_cpu else ("xla", "cudnn"):
-        total = lambda x, kind=kind: vit.attend(x, x, x, kind).astype(jnp.float32).sum()  # noqa: E731
+        total = lambda x, kind=kind: attention.attend(x, x, x, kind).astype(jnp.float32).sum()  # noqa: E731
         try:
             seconds = _seconds(jax.jit(jax.grad(total)), heads)
         except Exception as error:

@@ -112,7 +112,7 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
 def load(path: str | os.PathLike) -> Model:
     """Reads a model from an Orbax export, a checkpoint, or the newest checkpoint of a work folder.
 
-    It computes in the dtype that it was trained with; on a CPU in float32.
+    It computes as it was trained; on a CPU in float32.
 
     Raises:
         ExportError: see `read_metadata`.
@@ -120,7 +120,7 @@ def load(path: str | os.PathLike) -> Model:
     config = read_config(path)
     kind: Any = _KINDS[read_metadata(path)["kind"]][0]
     if jax.default_backend() == "cpu":  # where what is fast on the GPU that trained it is slow, or lacking
-        compute = dataclasses.replace(config.compute, dtype="float32", attention="xla")
+        compute = dataclasses.replace(config.compute, dtype="float32", attention="blocks")
         config = dataclasses.replace(config, compute=compute)
     abstract = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)

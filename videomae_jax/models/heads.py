@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 
-from videomae_jax.models import tubelets, vit
+from videomae_jax.models import attention, tubelets, vit
 
 POOLING = ("mean", "first")
 HEADS = ("softmax", "multilabel", "regression")
@@ -140,5 +140,5 @@ class AttentiveProbe(nnx.Module):
         heads = (b, n, 2, self.num_heads, d // self.num_heads)
         keys, values = self.key_value(self.norm(tokens)).reshape(heads).transpose(2, 0, 3, 1, 4)
         query = self.query[...].reshape(1, self.num_heads, 1, -1)
-        answer = vit.attend(jnp.broadcast_to(query, (b, *query.shape[1:])), keys, values)
+        answer = attention.attend(jnp.broadcast_to(query, (b, *query.shape[1:])), keys, values)
         return self.head(self.out(answer.reshape(b, d)))

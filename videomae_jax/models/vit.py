@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from videomae_jax.models import positions, tubelets
+from videomae_jax.models.attention import KINDS, attend
 from videomae_jax.models.tubelets import Grid
 
 
@@ -66,7 +67,7 @@ def _all_but_parameters(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in ("all_gather", "convert_element_type", "reshape", "transpose", "squeeze")
 
 
-_COMPUTE = {"dtype": ("float32", "bfloat16"), "remat": tuple(_REMAT), "attention": ("xla", "cudnn")}
+_COMPUTE = {"dtype": ("float32", "bfloat16"), "remat": tuple(_REMAT), "attention": KINDS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Compute:
         unroll: scan steps per loop iteration; the depth unrolls everything (faster step, slower compile).
         remat: what of a block the backward pass computes again: "none" (fastest), "dots" (all but the
             products of matrices), "full" (all: least memory).
-        attention: "xla", written out, or "cudnn", the fused kernel of NVIDIA GPUs for bfloat16.
+        attention: "xla", "blocks" (for CPUs) or "cudnn" (NVIDIA GPUs, bfloat16): see `attention.attend`.
     """
 
     dtype: str = "float32"
@@ -252,21 +253,6 @@ class Attention(nnx.Module):
         q, k, v = (x.reshape(b, n, -1, d // self.num_heads).transpose(0, 2, 1, 3) for x in (q, k, v))
         out = attend(q, k, v, self.kind).transpose(0, 2, 1, 3).reshape(b * n, -1)
         return _join(self.out, out).reshape(b, n, d)
-
-
-def attend(
-    q: Float[Array, "B A Q E"], k: Float[Array, "B A N E"], v: Float[Array, "B A N E"], kind: str = "xla"
-) -> Float[Array, "B A Q E"]:
-    """Softmax attention of each head over all tokens; the softmax in float32.
-
-    "xla" is written out because `jax.nn.dot_product_attention` needs 1.3 to 2 times as long on a CPU; for
-    "cudnn" see `Compute`.
-    """
-    if kind == "cudnn":
-        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").transpose(0, 2, 1, 3)
-    scores = jnp.einsum("bane,bame->banm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-    return jnp.einsum("banm,bame->bane", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
 class Block(nnx.Module):

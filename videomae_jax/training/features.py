@@ -99,7 +99,7 @@ def extract(
         values = np.lib.format.open_memmap(folder / "values.npy", mode="r+")
         report.say(f"{len(done['records'])} of {len(source)} features of {folder.name} are there")
     total = -(-len(source) // evaluator.batch_videos)
-    params = sharding.replicate(frozen.parts[1], mesh)
+    params = sharding.replicate(jax.device_get(frozen.parts[1]), mesh)
     if done["batches"] < total:
         for outputs in evaluator.batches(params, start=done["batches"]):
             if values is None:

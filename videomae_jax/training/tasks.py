@@ -13,7 +13,7 @@ from videomae_jax.data import randaugment
 from videomae_jax.data.sources import Source
 from videomae_jax.evaluation import reconstruction
 from videomae_jax.interop import weights as stored
-from videomae_jax.models import masking, tubelets, vit
+from videomae_jax.models import attention, masking, tubelets
 from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.mae import VideoMAEConfig
 from videomae_jax.training import losses, report
@@ -88,14 +88,16 @@ def backbone(config: Config) -> dict[str, Any]:
 
 @functools.cache
 def _attention(wanted: str, dtype: str, head_widths: tuple[int, ...]) -> str:
-    """The kernel that `model.attention` means on this machine: "auto" tries the fused one, both ways."""
+    """What `model.attention` means on this machine: "auto" tries the fused kernel of a GPU, both ways."""
     if wanted not in ("auto", "cudnn"):
         return wanted
+    if wanted == "auto" and jax.default_backend() == "cpu":
+        return "blocks"
     if wanted == "auto" and (jax.default_backend() != "gpu" or dtype == "float32"):
         return "xla"
 
     def probe(x: jax.Array) -> jax.Array:
-        return vit.attend(x, x, x, "cudnn").astype(jnp.float32).sum()
+        return attention.attend(x, x, x, "cudnn").astype(jnp.float32).sum()
 
     try:
         for width in head_widths:
