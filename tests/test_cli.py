@@ -5,6 +5,8 @@ from conftest import ROOT
 
 from videomae_jax import cli
 
+ODD = ("--config.model.encoder.width=36", "--config.model.encoder.num_heads=2")
+PMAP = ("--config.mesh.mapping=pmap",)
 DEBUG = f"--config={ROOT / 'configs' / 'debug.py'}"
 
 
@@ -23,7 +25,7 @@ def use(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["trian"], "unknown command 'trian': use train, evaluate, embed, predict, convert, prepare"),
+        (["trian"], "unknown command 'trian': use train, evaluate, embed, predict, convert, doctor"),
         (["train", DEBUG], "train needs --workdir=...; see train --help"),
         (["train", "--workdir=W"], "train needs --config=..."),
         (["train", "--workdir=W", "--config=nowhere.py"], "no file nowhere.py"),
@@ -38,6 +40,34 @@ def use(monkeypatch, capsys):
         (["train", "--workdir=W", DEBUG, "--config.mask.ratio=1.0"], "hides 16 of 16"),
         (["train", "--workdir=W", DEBUG, "--config.data.frames=7"], "(7, 32, 32) cannot be cut"),
         (["train", "--workdir=W", DEBUG, "--config.mesh.data=3"], "does not use the 8 devices"),
+        (
+            ["train", "--workdir=W", DEBUG, "--config.mesh.mapping=map"],
+            "mesh.mapping='map' is unknown: use jit",
+        ),
+        (["train", "--workdir=W", DEBUG, *PMAP, "--config.mesh.fsdp=2"], "use --config.mesh.mapping=jit"),
+        (
+            ["train", "--workdir=W", DEBUG, "--config.mesh.tensor=4"],
+            "does not divide model.encoder.num_heads=2",
+        ),
+        (
+            ["train", "--workdir=W", DEBUG, "--config.mesh.tensor=3"],
+            "does not divide the 8 devices of a host",
+        ),
+        (["train", "--workdir=W", DEBUG, *ODD, "--config.mesh.fsdp=8"], "does not divide axis 0 of params/"),
+        (
+            ["train", "--workdir=W", DEBUG, "--config.mesh.step_limit=-1"],
+            "mesh.step_limit=-1 must be at least",
+        ),
+        (["train", "--workdir=W", DEBUG, "--config.log.profile=20:10"], "log.profile='20:10' is empty: use"),
+        (
+            ["train", "--workdir=W", DEBUG, "--config.model.remat=some"],
+            "unknown remat 'some': use none, dots",
+        ),
+        (
+            ["train", "--workdir=W", DEBUG, "--config.model.attention=cudnn"],
+            "attention=cudnn does not work here",
+        ),
+        (["train", "--workdir=W", DEBUG, "--hosts=2/2@a:1"], "--hosts=2/2@a:1 is none of auto, tpu, slurm"),
         (["train", "--workdir=/dev/null/x", f"{DEBUG}:data=SHAPES"], "/dev/null"),
         (["evaluate", DEBUG], "evaluate needs --workdir=..."),
         (["evaluate", "--workdir=W", DEBUG], "evaluate tests classifiers, not task=pretrain"),

@@ -84,10 +84,15 @@ def assert_same_step(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, one.params)
 
 
-MESHES = [(2, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2), (4, 2, 1), (1, 2, 2)]
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(8, 1, 1), (2, 2, 2), *map(slow, [(2, 1, 1), (1, 8, 1), (1, 1, 4), (4, 2, 1), (1, 2, 2)])],
+    ids=str,
+)
 def test_pretraining_is_the_same_on_every_mesh(sizes, alone):
     mesh = mesh_of(*sizes)
     found = run(PRETRAIN, mesh)
@@ -100,25 +105,28 @@ def test_pretraining_is_the_same_on_every_mesh(sizes, alone):
     assert kernel.addressable_shards[0].data.shape == (3, 64 // fsdp, 256 // tensor)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [slow((8, 1, 1)), (2, 2, 2)], ids=str)
 def test_finetuning_is_the_same_on_every_mesh(sizes, alone):
     """Erasing, mixup with a partner on another device, drop path and dropout included."""
     assert_same_step(run(FINETUNE, mesh_of(*sizes)), alone[FINETUNE])
 
 
-@pytest.mark.parametrize("task", [PRETRAIN, FINETUNE], ids=["pretrain", "finetune"])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("task", "accumulate"), [slow(PRETRAIN, 1), slow(PRETRAIN, 2), slow(FINETUNE, 1), (FINETUNE, 2)]
+)
 def test_pmap_is_the_same(task, accumulate, alone):
     assert_same_step(run(task, mesh_of(4), mapping="pmap", accumulate=accumulate), alone[task])
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (4, 1, 1), (2, 2, 1), (1, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [slow((1, 1, 1)), (4, 1, 1), slow((2, 2, 1)), slow((1, 2, 2))], ids=str)
 def test_accumulation_is_the_same(sizes, alone):
     assert_same_step(run(FINETUNE, mesh_of(*sizes), accumulate=2), alone[FINETUNE])
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("remat", "sizes"),
+    [("dots", (1, 2, 2)), slow("dots", (1, 1, 1)), slow("full", (1, 2, 2)), slow("full", (1, 1, 1))],
+)
 def test_remat_is_the_same(remat, sizes, alone):
     model = dataclasses.replace(PRETRAIN.model, compute=vit.Compute(remat=remat, unroll=2))
     assert_same_step(run(dataclasses.replace(PRETRAIN, model=model), mesh_of(*sizes)), alone[PRETRAIN])
@@ -153,7 +161,7 @@ def test_data_parallel_devices_sum_gradients_once(accumulate):
     assert not collectives(compiled(PRETRAIN, mesh_of(1))[1])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_fsdp_devices_gather_each_matrix_and_scatter_its_gradient(dtype):
     model = dataclasses.replace(PRETRAIN.model, compute=vit.Compute(dtype))
     state, text = compiled(dataclasses.replace(PRETRAIN, model=model), mesh_of(1, 8))

@@ -355,3 +355,29 @@ def test_nothing_is_compiled_or_fetched_after_the_first_step(tmp_path, debug_con
     assert counts[0] > 0
     assert counts == [counts[0]] * 8
     assert fetched[:8] == [["clips", "grad_norm", "learning_rate", "loss", "skipped"]] * 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"mapping": "pmap"}, {"fsdp": 4}, {"tensor": 2}], ids=str)
+def test_meshes_train_alike_and_resume_each_other(mesh, tmp_path, debug_config):
+    """Half of the run on another mesh: the log is that of a run that never changed it."""
+    debug_config.optim.duration, debug_config.checkpoint.every = 10, 5
+    debug_config.model.decoder.num_heads = 2
+    loop.run(debug_config, tmp_path / "plain", time.time())
+    debug_config.mesh.update(mesh)
+    plain = feed.prefetch
+
+    def stop_after_five(*args, **kwargs):
+        batches = plain(*args, **kwargs)
+        yield from (next(batches) for _ in range(5))
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feed, "prefetch", stop_after_five)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(debug_config, tmp_path / "other", time.time())
+    debug_config.mesh = settings.defaults().mesh
+    loop.run(debug_config, tmp_path / "other", time.time())
+    losses = [[line["loss"] for line in logged(tmp_path / name)] for name in ("plain", "other")]
+    assert len(losses[1]) == 10
+    np.testing.assert_allclose(*losses, rtol=1e-5)

@@ -41,7 +41,9 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
         mesh = tasks.make_mesh(config)
         _check_batch(config, mesh)
         weights = str(workdir) if any(workdir.glob("checkpoints/[0-9]*/meta")) else config.init_from
-        tasks.make_task(config, weights=weights)  # before any video is looked for or generated
+        # Before any video is looked for or generated.
+        _check_parts(config, tasks.make_task(config, weights=weights), mesh)
+        report.Profile(workdir, config.log.profile)
         phases.end("set-up")
         videos = splits.open_splits(config)
         schedule = settings.finalize(config, len(videos.train))
@@ -331,6 +333,14 @@ def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
             f"data.batch_size={config.data.batch_size} does not divide over data x fsdp devices x accumulate "
             f"= {parts}: use a positive multiple of {parts}"
         )
+
+
+def _check_parts(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a mesh that does not divide the parameters."""
+    try:
+        step.abstract_state(task.init, make_optimizer(config), mesh)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _claim(workdir: pathlib.Path, config: Config, source: Source) -> None:
