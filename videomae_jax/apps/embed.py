@@ -21,7 +21,6 @@ from videomae_jax.data import augment, decode, prepared, reading, sources
 from videomae_jax.data.reading import AnyVideo
 from videomae_jax.data.sources import Source
 from videomae_jax.interop import weights
-from videomae_jax.models.heads import VideoClassifier
 
 SUFFIXES = (".npz", ".parquet")
 _READ_AT_ONCE = 32  # frames as large as the file's; the others are kept as small as the model's
@@ -135,19 +134,16 @@ def _claim(parts: pathlib.Path, identity: str) -> None:
     name.write_text(identity)
 
 
-def _embedder(model: Any, options: Options) -> Callable[[np.ndarray], np.ndarray]:
+def _embedder(loaded: Any, options: Options) -> Callable[[np.ndarray], np.ndarray]:
     """A function of up to `batch` clips to their features, on all devices, compiled once."""
     mesh = sharding.make_mesh(-1, 1, 1)
     batch = -(-options.batch // mesh.size) * mesh.size
-    graphdef, params = nnx.split(model)
+    graphdef, params = nnx.split(loaded)
     params = jax.device_put(nnx.to_pure_dict(params), sharding.replicated(mesh))
 
     def features(params: Any, video: jax.Array) -> jax.Array:
-        merged = nnx.merge(graphdef, params)
-        if isinstance(merged, VideoClassifier):
-            return merged.tokens(video) if options.per_token else merged.raw_features(video)
-        tokens = merged.encode_all(video).astype(np.float32)
-        return tokens if options.per_token else tokens.mean(axis=1)
+        model = nnx.merge(graphdef, params)
+        return model.tokens(video) if options.per_token else model.raw_features(video)
 
     compiled = jax.jit(features, out_shardings=sharding.replicated(mesh))
 

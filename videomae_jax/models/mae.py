@@ -103,10 +103,15 @@ class VideoMAE(nnx.Module):
         tokens = self.encoder(pixels, positions, keys)
         return self.encoder.norm(tokens) if c.encoder_norm else tokens
 
-    def encode_all(self, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B N D"]:
-        """As `encode_visible` with every tubelet visible."""
+    def tokens(self, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B N D"]:
+        """As `encode_visible` with every tubelet visible, float32."""
         every = jnp.arange(math.prod(self._check(video)), dtype=jnp.int32)
-        return self.encode_visible(video, jnp.broadcast_to(every, (video.shape[0], len(every))))
+        every = jnp.broadcast_to(every, (video.shape[0], len(every)))
+        return self.encode_visible(video, every).astype(jnp.float32)
+
+    def raw_features(self, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B D"]:
+        """Mean of all tokens, float32; for use inside `jax.jit`."""
+        return self.tokens(video).mean(axis=1)
 
     def decode(
         self,
@@ -192,7 +197,7 @@ class VideoMAE(nnx.Module):
         """
         if mask is None:
             self._check(video)
-            return vit.jitted("encode_all")(*nnx.split(self), video).astype(jnp.float32)
+            return vit.jitted("tokens")(*nnx.split(self), video)
         visible, _ = self._indices(video, mask)
         return vit.jitted("encode_visible")(*nnx.split(self), video, visible).astype(jnp.float32)
 

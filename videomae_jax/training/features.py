@@ -46,12 +46,7 @@ class Frozen:
     def features(self, params: Any, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B ..."]:
         """Features after the final norm, float16: half the space on disk, three digits."""
         model = nnx.merge(self.parts[0], params)
-        if isinstance(model, VideoClassifier):
-            found = model.tokens(video) if self.per_token else model.raw_features(video)
-        else:
-            tokens = model.encode_all(video).astype(jnp.float32)
-            found = tokens if self.per_token else tokens.mean(axis=1)
-        return found.astype(jnp.float16)
+        return (model.tokens(video) if self.per_token else model.raw_features(video)).astype(jnp.float16)
 
     def identity(self) -> str:
         """A hash of the parameters and of how they are used."""

@@ -79,7 +79,7 @@ class Pretrain:
 
     def pooled(self, params: dict, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B D"]:
         """Mean of all tokens of whole clips: what k-NN looks at."""
-        return nnx.merge(self.graphdef, params).encode_all(video).astype(jnp.float32).mean(axis=1)
+        return nnx.merge(self.graphdef, params).raw_features(video)
 
     def flops_per_clip(self) -> float:
         """Floating-point operations of a clip's forward and backward pass; see `vit.block_flops`."""
