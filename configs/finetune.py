@@ -29,7 +29,7 @@ Published rows (top-1 of the multi-view test; videos of a step, not clips, count
 views and the size's row of Kinetics-400. preset=small_data is for hundreds of videos of one's own: the lower
 half of the blocks frozen, more dropout and drop path, early stopping, milder crops.
 
-size=tiny, data=moving_shapes is what `configs/small.py` pretrains: five minutes on two CPU cores. Nothing is
+size=tiny, data=moving_shapes is what `configs/small.py` pretrains: six minutes on two CPU cores. Nothing is
 mirrored (left is a class of its own), and the crops are mild, for frames of 48 pixels.
 """
 
@@ -103,5 +103,5 @@ def _tiny(c, data: str) -> None:
     c.data.update(frames=8, stride=3, size=(48, 48), batch_size=32)
     c.augment.update(policy="", flip=False, area=(0.8, 1.0), erasing=0.0, mix_probability=0.0)
     # From twice the pretraining rate no layer may lag: what tells the classes is not in the features yet.
-    c.optim.update(lr=0.024, min_lr=0.0, duration=20, warmup=1, clip_norm=1.0)
+    c.optim.update(lr=0.024, min_lr=0.0, duration=25, warmup=1, clip_norm=1.0)
     c.evaluate.update(segments=2, crops=1, batch_videos=16)

@@ -71,8 +71,8 @@ if ((processes > 1)); then
     "$venv/bin/python" -m videomae_jax "$@" --hosts="$host/$processes@localhost:$port" &
     pids+=($!)
   done
-  trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM
-  trap 'kill -INT "${pids[@]}" 2>/dev/null' INT
+  # Bash starts what runs in the background deaf to Ctrl-C.
+  trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
   status=0
   for pid in "${pids[@]}"; do
     of_one=0

@@ -5,7 +5,7 @@
 #   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=12 --time=24:00:00 launch/slurm.sh \
 #       train --config=configs/pretrain.py:size=base,data=k400 --config.data.path=/data/k400 --workdir=/shared/runs/k400
 #
-# Submit from the project's folder, on a file system that all nodes share; so must the work folder be. Run
+# COMMAND is train, evaluate or doctor; of the others one process does. Submit from the project's folder, on a file system that all nodes share; so must the work folder be. Run
 # `EXTRAS=cuda launch/local.sh help` there once before, so that .venv is installed.
 #SBATCH --job-name=videomae_jax
 #SBATCH --output=%x-%j.log
@@ -24,16 +24,20 @@ if [[ ! -x "$root/.venv/bin/python" ]]; then
   echo "launch/slurm.sh: no $root/.venv: run EXTRAS=cuda launch/local.sh help in the project's folder first" >&2
   exit 2
 fi
-workdir=""
+workdir="" before=""
 for word in "$@"; do
   [[ "$word" == --workdir=* ]] && workdir="${word#*=}"
+  [[ "$before" == --workdir ]] && workdir="$word"
+  before="$word"
 done
 
 cd "$root"
+# Newer versions of srun no longer take this from sbatch.
+[[ -n "${SLURM_CPUS_PER_TASK:-}" ]] && export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 # Without --kill-on-bad-exit the others would wait for a process that failed.
 srun --kill-on-bad-exit=1 .venv/bin/python -m videomae_jax "$@" --hosts=slurm
 
-if [[ -n "$workdir" ]] && grep -qs '"interrupted": true' "$workdir/summary.json"; then
+if [[ "$1" == train && -n "$workdir" ]] && grep -qs '"interrupted": true' "$workdir/summary.json"; then
   echo "launch/slurm.sh: interrupted, back into the queue"
   scontrol requeue "$SLURM_JOB_ID"
 fi

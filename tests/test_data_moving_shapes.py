@@ -1,6 +1,7 @@
 """The generated data set: real files, one bytes-for-bytes result per seed, motion only in time."""
 
 import hashlib
+import socket
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_the_cache_is_used_again(shapes, monkeypatch):
 
 def test_nothing_is_left_when_generation_fails_or_was_killed(shapes, tmp_path):
     name = shapes.name
-    (tmp_path / "killed" / f"{name}.partial-99999999").mkdir(parents=True)
+    (tmp_path / "killed" / f"{name}.partial-{socket.gethostname()}-99999999").mkdir(parents=True)
     moving_shapes.generate(SPEC, tmp_path / "killed", processes=1)
     assert [d.name for d in (tmp_path / "killed").iterdir()] == [name]
     with pytest.raises(ValueError, match="even frame size"):

@@ -16,16 +16,18 @@ LAUNCH = ROOT / "launch"
 
 # Answers with the lines of FOLDER/states, one for each question; statuses are the lines of FOLDER/fails.
 GCLOUD = """#!/usr/bin/env bash
-printf '%q ' "$@" >>"$FOLDER/calls"; echo >>"$FOLDER/calls"
+echo "$(printf '%q ' "$@")" >>"$FOLDER/calls"
 next() { [[ -s "$1" ]] || return 0; head -n1 "$1"; sed -i 1d "$1"; }
 case "$4" in
   describe) [[ "$*" == *ipAddress* ]] && echo "10.0.0.1;10.0.0.2" || next "$FOLDER/states" ;;
   ssh) [[ "$*" == *hosts=tpu* ]] && exit "$(next "$FOLDER/fails" | grep . || echo 0)" ;;
+  scp) [[ "$5" == *host.log ]] && next "$FOLDER/says" >"$6" ;;
+  create) exit "${CREATE:-0}" ;;
 esac
 exit 0
 """
 RECORD = """#!/usr/bin/env bash
-printf '%q ' "$@" >>"$FOLDER/calls"; echo >>"$FOLDER/calls"
+echo "$(printf '%q ' "$@")" >>"$FOLDER/calls"
 """
 
 
@@ -35,12 +37,13 @@ def stand_in(tmp_path):
     folder = tmp_path / "stand_in"
     folder.mkdir()
 
-    def run(script, *words, cwd=ROOT, states=(), fails=(), env=None, **executables):
+    def run(script, *words, cwd=ROOT, states=(), fails=(), says=(), env=None, **executables):
         for name, text in executables.items():
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
         (folder / "states").write_text("".join(f"{state}\n" for state in states))
         (folder / "fails").write_text("".join(f"{status}\n" for status in fails))
+        (folder / "says").write_text("".join(f"{line}\n" for line in says))
         variables = {"PATH": f"{folder}:{os.environ['PATH']}", "FOLDER": str(folder), "PAUSE": "0"}
         variables |= {"LOGS": str(tmp_path / "logs"), "TMPDIR": str(tmp_path)}
         done = subprocess.run(
@@ -87,7 +90,7 @@ def test_tpu_makes_installs_runs_and_collects(stand_in, tmp_path):
     done, calls = stand_in(LAUNCH / "tpu.sh", *POD, *TRAIN, gcloud=GCLOUD, env={"SPOT": "1"})
     assert done.returncode == 0, done.stderr
     verbs = [call[3] for call in calls]
-    assert verbs == ["describe", "create", "scp", "ssh", "ssh", "describe", "scp", "scp"]
+    assert verbs == ["describe", "create", "scp", "ssh", "ssh", "describe", "scp", "scp", "describe"]
     assert "--spot" in calls[1]
     assert all("--zone=us-west4-a" in call for call in calls)
     (command,) = (word.removeprefix("--command=") for word in calls[4] if word.startswith("--command="))
@@ -95,7 +98,7 @@ def test_tpu_makes_installs_runs_and_collects(stand_in, tmp_path):
     words = shlex.split(command)
     start = words.index("launch/local.sh") + 1
     assert words[start : start + len(TRAIN) + 1] == [*TRAIN, "--hosts=tpu"]
-    assert [call[5] for call in calls[6:]] == [str(tmp_path / "logs" / f"host{i}.log") for i in (0, 1)]
+    assert [call[5] for call in calls[6:8]] == [str(tmp_path / "logs" / f"host{i}.log") for i in (0, 1)]
     assert not list(tmp_path.glob("*.tar.gz"))
 
 
@@ -113,6 +116,36 @@ def test_tpu_begins_again_when_preempted(stand_in):
     verbs = [call[3] for call in calls]
     assert verbs.index("delete") < verbs.index("create")
     assert sum("hosts=tpu" in " ".join(call) for call in calls) == 2
+
+
+def test_tpu_begins_again_where_the_command_was_asked_to_stop(stand_in):
+    says = ["SIGTERM: saving a checkpoint, then ending", "", "done", ""]
+    states = ["READY", "PREEMPTED", "PREEMPTED", "READY"]
+    done, calls = stand_in(LAUNCH / "tpu.sh", *POD, *TRAIN, states=states, says=says, gcloud=GCLOUD)
+    assert done.returncode == 0, done.stderr
+    assert sum("hosts=tpu" in " ".join(call) for call in calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("states", "create", "text"),
+    [(["STOPPED"], "0", "the slice pod is STOPPED: wait, or delete it"), ([], "1", "")],
+)
+def test_tpu_deletes_nothing_of_yours_and_does_not_insist(stand_in, states, create, text):
+    done, calls = stand_in(
+        LAUNCH / "tpu.sh", *POD, *TRAIN, states=states, gcloud=GCLOUD, env={"CREATE": create}
+    )
+    assert done.returncode == 1
+    assert text in done.stderr
+    assert not {"delete", "ssh"} & {call[3] for call in calls}
+    assert len(calls) < 3
+
+
+def test_tpu_does_not_run_old_sources(stand_in):
+    """A failing copy ends it, whatever the commands after it would say."""
+    failing = GCLOUD.replace('scp) [[ "$5"', 'scp) [[ "$5" == *tar.gz ]] && exit 7; [[ "$5"')
+    done, calls = stand_in(LAUNCH / "tpu.sh", *POD, *TRAIN, states=["READY"], gcloud=failing)
+    assert done.returncode == 7
+    assert "ssh" not in [call[3] for call in calls]
 
 
 def test_tpu_hands_on_the_failure_of_a_command(stand_in):
@@ -159,7 +192,7 @@ def test_wrong_uses(stand_in, script, words, env, text):
 # As host 1 it fails with status 3 if asked to, else it waits for a SIGTERM where asked to.
 PYTHON = """#!/usr/bin/env bash
 [[ "$1" == -c ]] && { echo 4321; exit; }
-printf '%q ' "$@" >>"$FOLDER/calls"; echo >>"$FOLDER/calls"
+echo "$(printf '%q ' "$@")" >>"$FOLDER/calls"
 trap 'echo saved; exit 0' TERM
 [[ "$*" == *fail*hosts=1/* ]] && exit 3
 if [[ "$*" == *wait* ]]; then for _ in {1..200}; do sleep 0.05; done; exit 1; fi

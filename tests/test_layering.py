@@ -23,7 +23,7 @@ MAY = {
     "training": {
         *("training", "apps", "config", "data", "evaluation", "hosts", "interop", "models", "sharding"),
     },
-    "cli": {"apps", "config", "data", "interop", "sharding", "training"},
+    "cli": {"apps", "config", "data", "hosts", "interop", "sharding", "training"},
     "__main__": {"cli"},
     "__init__": {"interop", "models"},
 }

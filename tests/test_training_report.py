@@ -134,11 +134,11 @@ def test_profile_covers_the_steps_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: traced.append(("to", now[0])))
     profile = report.Profile(tmp_path, "3:4")
     for now[0] in range(8):
-        profile.before(now[0])
+        profile.before(now[0], None)
     profile.close()
     assert traced == [("from", 2, str(tmp_path / "profile")), ("to", 4)]
-    assert "profile of steps 3 to 4" in capsys.readouterr().out
-    report.Profile(tmp_path, "").before(0)
+    assert "profile from step 3 on" in capsys.readouterr().out
+    report.Profile(tmp_path, "").before(0, None)
     for wrong in ("3", "4:3", "0:2", "a:b"):
         with pytest.raises(UserError, match="use FIRST:LAST"):
             report.Profile(tmp_path, wrong)

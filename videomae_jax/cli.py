@@ -182,11 +182,12 @@ def _prepare_flags(values: flags.FlagValues) -> None:
 
 def _doctor(values: Any, _arguments: list[str], _started: float) -> None:
     _start_hosts(values.hosts)
+    from videomae_jax import hosts
     from videomae_jax.apps import doctor
     from videomae_jax.config import UserError
 
     findings = doctor.run(values.data, values.workdir)
-    if values.out:
+    if values.out and hosts.is_writer():
         pathlib.Path(values.out).write_text(json.dumps([vars(found) for found in findings], indent=2) + "\n")
     broken = [found.check for found in findings if found.status == "fix"]
     if broken:

@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -23,6 +24,8 @@ from jax.experimental import multihost_utils
 from videomae_jax import config as settings
 from videomae_jax.config import Config, UserError
 from videomae_jax.data.sources import Source
+
+T = TypeVar("T")
 
 
 def is_writer() -> bool:
@@ -63,7 +66,10 @@ _FIXES = {
     "versions": "install the same versions everywhere",
     "devices": "give every host as many devices of one kind",
     "videos": "let data.path name the same videos everywhere",
+    "checkpoint": "name the same weights everywhere",
+    "compute": "use the same devices and drivers everywhere",
 }
+_OWN = re.compile(r"data\.(path|workers|threads)")  # settings that each host may have for itself
 
 
 def check_same(**more: Any) -> None:
@@ -87,22 +93,40 @@ def check_same(**more: Any) -> None:
                 )
 
 
-def check_agreement(config: Config, source: Source, workdir: pathlib.Path) -> None:
-    """Refuses hosts that do not run the same: settings, code, versions, videos, work folder.
+def agreed(prepare: Callable[[], T]) -> T:
+    """What `prepare` returns, if it does so on every host.
+
+    Raises:
+        UserError: it failed elsewhere; here, its own error.
+    """
+    try:
+        value = prepare()
+    except Exception as error:
+        together(f"{type(error).__name__}: {error}")
+        raise
+    for host, problem in enumerate(together("")):
+        if problem:
+            raise UserError(f"host {host} stopped: {problem}")
+    return value
+
+
+def check_agreement(config: Config, source: Source, workdir: pathlib.Path, **facts: Any) -> None:
+    """Refuses hosts that do not run the same: settings, code, versions, videos, work folder, more `facts`.
 
     Raises:
         UserError: the same on every host, naming the first difference.
     """
     if jax.process_count() == 1:
         return
-    everyone = together(config.to_dict())
+    everyone = together(settings.flatten(config))
     for host, theirs in enumerate(everyone):
-        changed = settings.differences(everyone[0], theirs)
-        if changed:
-            raise UserError(
-                f"host {host} has other settings than host 0 ({'; '.join(changed)}): start all alike"
-            )
-    check_same(videos=[len(source), source.fingerprint()])
+        for key, value in theirs.items():
+            if value != everyone[0].get(key) and not _OWN.fullmatch(key):
+                raise UserError(
+                    f"host {host} has other settings than host 0 ({key}: {everyone[0].get(key)} -> {value}): "
+                    f"start all alike"
+                )
+    check_same(videos=[len(source), source.fingerprint()], **facts)
     _check_workdir(workdir)
 
 
@@ -191,3 +215,13 @@ class Watchdog:
     def stop(self) -> None:
         """Ends the watch."""
         faulthandler.cancel_dump_traceback_later()
+
+    def __enter__(self) -> "Watchdog":
+        self.beat()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
+        """Ends the watch; after an error on one of several hosts ending may take no longer than a step."""
+        self.stop()
+        if kind and jax.process_count() > 1:
+            self.beat()

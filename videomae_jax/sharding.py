@@ -5,7 +5,7 @@ import contextvars
 import functools
 import os
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -37,9 +37,9 @@ def start_hosts(hosts: str) -> None:
     """Joins this process to the others of a run, before anything else of JAX is used.
 
     Args:
-        hosts: "auto": what SLURM says inside `srun` with several tasks, or the machine's metadata on a TPU
-            slice of several hosts, else this process is alone; "tpu" or "slurm": one of these for certain;
-            "I/N@HOST:PORT": process I of N, whose process 0 listens at HOST:PORT.
+        hosts: "tpu", the metadata of a TPU slice; "slurm", what `srun` says; "I/N@HOST:PORT", process I of N,
+            whose process 0 listens at HOST:PORT. "auto": slurm inside `srun` with several tasks, tpu where
+            TPU_WORKER_HOSTNAMES lists several, else this process is alone.
 
     Raises:
         ValueError: another form.
@@ -80,7 +80,10 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
             f"mesh of data={data} x fsdp={fsdp} x tensor={tensor} does not use the {devices} devices here: "
             f"set --config.mesh.data=-1 or sizes whose product is {devices}"
         )
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    # Host by host, and not by the wiring as `jax.make_mesh` has it: a batch's rows are those of each host in
+    # turn, and the devices along `tensor` share a host.
+    ordered = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(ordered).reshape(data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -166,6 +169,13 @@ _PEAK_TFLOPS = (
     ("TPU v5", 459),
     ("TPU v6", 918),
 )
+
+
+def by_rows(function: Callable[[Any, jax.Array], jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
+    """`function` of whole parameters and rows, run by each device on its rows; for use inside `jax.jit`."""
+    rows = PartitionSpec(ROW_AXES)
+    specs = (PartitionSpec(), rows)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
 
 
 def global_batch(mesh: Mesh, local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

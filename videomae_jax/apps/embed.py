@@ -145,7 +145,7 @@ def _embedder(loaded: Any, options: Options) -> Callable[[np.ndarray], np.ndarra
         model = nnx.merge(graphdef, params)
         return model.tokens(video) if options.per_token else model.raw_features(video)
 
-    compiled = jax.jit(features, out_shardings=sharding.replicated(mesh))
+    compiled = jax.jit(sharding.by_rows(features, mesh), out_shardings=sharding.replicated(mesh))
 
     def embed(clips: np.ndarray) -> np.ndarray:
         padded = np.zeros((batch, *clips.shape[1:]), np.uint8)

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import socket
 
 import numpy as np
 
@@ -154,10 +155,12 @@ def generate(spec: MovingShapes, cache: str | os.PathLike, processes: int) -> pa
     folder = pathlib.Path(cache, f"moving_shapes-{name}")
     if folder.is_dir():
         return folder
-    for left in folder.parent.glob(f"{folder.name}.partial-*"):
-        if not _is_running(int(left.suffix.removeprefix(".partial-"))):
+    # By machine, which may share the cache with others: a process is looked for here only.
+    own = f"{folder.name}.partial-{socket.gethostname()}-"
+    for left in folder.parent.glob(f"{own}*"):
+        if not _is_running(int(left.name.removeprefix(own))):
             shutil.rmtree(left, ignore_errors=True)
-    partial = folder.with_suffix(f".partial-{os.getpid()}")
+    partial = folder.with_name(f"{own}{os.getpid()}")
     try:
         for split in spec.splits():
             for motion in CLASSES:

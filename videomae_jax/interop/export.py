@@ -119,9 +119,13 @@ def load(path: str | os.PathLike) -> Model:
     """
     config = read_config(path)
     kind: Any = _KINDS[read_metadata(path)["kind"]][0]
-    if jax.default_backend() == "cpu":  # where what is fast on the GPU that trained it is slow, or lacking
-        compute = dataclasses.replace(config.compute, dtype="float32", attention="blocks")
-        config = dataclasses.replace(config, compute=compute)
+    # What is fast where it was trained may be slow here, or lacking.
+    backend, compute = jax.default_backend(), config.compute
+    if backend == "cpu":
+        compute = dataclasses.replace(compute, dtype="float32", attention="blocks")
+    elif backend != "gpu" or compute.attention == "blocks":
+        compute = dataclasses.replace(compute, attention="xla")
+    config = dataclasses.replace(config, compute=compute)
     abstract = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

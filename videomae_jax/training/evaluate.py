@@ -46,7 +46,8 @@ def run(config: Config, workdir: pathlib.Path, checkpoint: str) -> dict[str, Any
         )
     planned = tasks.make_task(config, weights=path)
     assert isinstance(planned, Finetune)
-    source = _source(config, made, path)
+    source = hosts.agreed(lambda: _source(config, made, path))
+    hosts.check_agreement(config, source, workdir, checkpoint=str(path))
     # The weights decide what they are; the settings, how large clips are and how they are computed.
     use = {
         name: getattr(planned.model, name)

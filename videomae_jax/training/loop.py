@@ -42,12 +42,13 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
         _check_batch(config, mesh)
         weights = str(workdir) if any(workdir.glob("checkpoints/[0-9]*/meta")) else config.init_from
         # Before any video is looked for or generated.
-        _check_parts(config, tasks.make_task(config, weights=weights), mesh)
+        planned = tasks.make_task(config, weights=weights)
+        _check_parts(config, planned, mesh)
         report.Profile(workdir, config.log.profile)
         phases.end("set-up")
-        videos = splits.open_splits(config)
+        videos = hosts.agreed(lambda: splits.open_splits(config))
         schedule = settings.finalize(config, len(videos.train))
-        hosts.check_agreement(config, videos.train, workdir)
+        hosts.check_agreement(config, videos.train, workdir, compute=vars(planned.model.compute))
         _claim(workdir, config, videos.train)
         phases.end("data")
         task = tasks.make_task(config, videos.train, weights)
@@ -82,7 +83,9 @@ def _train(
     source = videos.train
     tx = make_optimizer(config)
     bad = feed.BadVideos(source, config.data.max_bad_fraction)
-    with checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, schedule.keep_steps) as checkpoints:
+    watchdog = hosts.Watchdog(config.mesh.step_limit)
+    keeping = checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, schedule.keep_steps)
+    with watchdog, keeping as checkpoints:
         has_ema = config.optim.ema > 0
         best = checkpoint.Best(workdir, finetune.KEY_METRIC[config.head.kind])
         if checkpoints.latest_step is None:
@@ -126,8 +129,6 @@ def _train(
         workers, threads, _ = feed.loader_size(config)
         batches = feed.prefetch(dataset, source, host_videos, mesh, workers=workers, threads=threads)
 
-        watchdog = hosts.Watchdog(config.mesh.step_limit)
-
         def finish_step(
             number: int, metrics: step.Metrics, host_fields: dict[str, np.ndarray], **validated: float
         ) -> None:
@@ -145,7 +146,7 @@ def _train(
                 waiting = time.perf_counter()
                 batch, host_fields = next(batches)
                 log.waited(time.perf_counter() - waiting)
-                profile.before(number)
+                profile.before(number, pending and pending[1])
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
                     state, metrics = train_step(state, batch, root)
                 # The step before has finished by now, or nearly so: the device is never kept waiting.
@@ -177,7 +178,6 @@ def _train(
             checkpoints.wait()
             phases.end("steps")
         finally:
-            watchdog.stop()
             profile.close()
             batches.close()
             log.close()
@@ -333,14 +333,27 @@ def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
             f"data.batch_size={config.data.batch_size} does not divide over data x fsdp devices x accumulate "
             f"= {parts}: use a positive multiple of {parts}"
         )
+    videos, processes = config.data.batch_size // config.data.clips_per_video, jax.process_count()
+    if videos % processes:
+        raise UserError(
+            f"the {videos} videos of a step (data.batch_size / data.clips_per_video) do not divide over "
+            f"{processes} hosts: use a multiple of {processes * config.data.clips_per_video} clips"
+        )
 
 
 def _check_parts(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> None:
-    """Refuses a mesh that does not divide the parameters."""
+    """Refuses a mesh that does not divide the parameters, and microbatches that mixup cannot pair."""
     try:
         step.abstract_state(task.init, make_optimizer(config), mesh)
     except ValueError as error:
         raise UserError(str(error)) from None
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate
+    is_mixed = isinstance(task, finetune.Finetune) and task.mix is not None
+    if is_mixed and config.optim.accumulate > 1 and config.data.batch_size // parts % 2:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} gives each device microbatches of "
+            f"{config.data.batch_size // parts} clips, and mixup pairs clips: use a multiple of {2 * parts}"
+        )
 
 
 def _claim(workdir: pathlib.Path, config: Config, source: Source) -> None:

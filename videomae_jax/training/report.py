@@ -50,7 +50,7 @@ def say(text: str) -> None:
 
 
 class Profile:
-    """A profile of some steps in WORKDIR/profile, which TensorBoard and xprof open.
+    """A profile of some steps of host 0 in WORKDIR/profile, which TensorBoard and xprof open.
 
     Args:
         steps: "FIRST:LAST", steps from 1, both included; "": none.
@@ -64,15 +64,18 @@ class Profile:
         if not re.fullmatch(r"(\d+:\d+)?", steps):
             raise UserError(f"log.profile={steps!r} is no range of steps: use FIRST:LAST, such as 10:20")
         self._first, self._last = (int(x) for x in steps.split(":")) if steps else (0, 0)
-        if steps and not 1 <= self._first <= self._last:
+        if jax.process_index():
+            self._last = 0
+        elif steps and not 1 <= self._first <= self._last:
             raise UserError(f"log.profile={steps!r} is empty: use FIRST:LAST, from 1 on, such as 10:20")
 
-    def before(self, number: int) -> None:
-        """Called before step `number` (from 0)."""
+    def before(self, number: int, results: Any) -> None:
+        """Called before step `number` (from 0), with the results of the one before, if any."""
         if self._last and not self._is_on and number + 1 == self._first:
             jax.profiler.start_trace(str(self.folder))
             self._is_on = True
         elif self._is_on and number == self._last:
+            jax.block_until_ready(results)
             self.close()
 
     def close(self) -> None:
@@ -80,7 +83,7 @@ class Profile:
         if self._is_on:
             jax.profiler.stop_trace()
             self._is_on = False
-            say(f"profile of steps {self._first} to {self._last}: tensorboard --logdir={self.folder}")
+            say(f"profile from step {self._first} on: tensorboard --logdir={self.folder}")
 
 
 def memory_gib() -> float:

@@ -62,10 +62,15 @@ class Evaluator:
         self.batch_videos = -(-config.evaluate.batch_videos // parts) * parts
         outputs = sharding.replicated(mesh)
 
-        def run(params: Any, video: jax.Array, index: jax.Array, weight: jax.Array):
+        def of_views(params: Any, video: jax.Array) -> jax.Array:
             # View by view: the memory of one clip per video, however many views there are.
             values = jax.lax.map(lambda view: model(params, view), jnp.moveaxis(video, 1, 0))
-            return jnp.moveaxis(values, 0, 1), index, weight
+            return jnp.moveaxis(values, 0, 1)
+
+        mapped = sharding.by_rows(of_views, mesh)
+
+        def run(params: Any, video: jax.Array, index: jax.Array, weight: jax.Array):
+            return mapped(params, video), index, weight
 
         self._run = jax.jit(run, out_shardings=(outputs, outputs, outputs))
 
