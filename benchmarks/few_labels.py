@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--pretrained", required=True)
     parser.add_argument("--workdir", default="runs/few_labels")
     parser.add_argument("--per-class", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     started, result = time.time(), {}
