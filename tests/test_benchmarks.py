@@ -20,7 +20,7 @@ def scaling():
     return module
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), test_sharding.slow((1, 8, 1)), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [*map(test_sharding.slow, [(8, 1, 1), (1, 8, 1)]), (2, 2, 2)], ids=str)
 def test_traced_collectives_are_those_of_the_compiled_step(scaling, sizes):
     """Bytes by kind; a loop's body stands once in the compiled text, so loops are cut open."""
     task = test_sharding.PRETRAIN

@@ -122,8 +122,10 @@ def load(path: str | os.PathLike) -> Model:
     # What is fast where it was trained may be slow here, or lacking.
     backend, compute = jax.default_backend(), config.compute
     if backend == "cpu":
-        compute = dataclasses.replace(compute, dtype="float32", attention="blocks")
-    elif backend != "gpu" or compute.attention == "blocks":
+        compute = dataclasses.replace(compute, dtype="float32")
+    if compute.attention == "cudnn" and backend != "gpu":
+        compute = dataclasses.replace(compute, attention="blocks" if backend == "cpu" else "xla")
+    elif compute.attention == "blocks" and backend != "cpu":
         compute = dataclasses.replace(compute, attention="xla")
     config = dataclasses.replace(config, compute=compute)
     abstract = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
