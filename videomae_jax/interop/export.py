@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from flax import nnx
 
 from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
@@ -27,6 +28,22 @@ _KINDS: dict[str, tuple[type[Model], type[ModelConfig]]] = {
     "VideoMAE": (VideoMAE, VideoMAEConfig),
     "VideoClassifier": (VideoClassifier, ClassifierConfig),
 }
+
+
+def _write_small_arrays_whole() -> None:
+    """Lets replicas share the writing of large arrays only.
+
+    By default Orbax cuts every replicated array for all devices that have it, by a program compiled for each
+    shape: 15 s instead of 0.1 at the first checkpoint of 60 small arrays on eight devices.
+    """
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**24)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # that a handler is replaced is what is wanted
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    logging.set_verbosity(verbosity)
+
+
+_write_small_arrays_whole()
 
 
 class ExportError(ValueError):
