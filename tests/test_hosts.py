@@ -185,6 +185,21 @@ def test_what_hosts_must_have_alike(shapes, tmp_path, monkeypatch, name, value, 
         hosts.check_agreement(load_config("debug", f"data={shapes}"), source, tmp_path)
 
 
+def test_a_failure_of_one_host_is_that_of_all(monkeypatch):
+    def fail():
+        raise UserError("no videos")
+
+    told = []
+    monkeypatch.setattr(hosts, "together", lambda value: [*told, told.append(value) or value])
+    with pytest.raises(UserError, match="no videos"):
+        hosts.agreed(fail)
+    assert told == ["UserError: no videos"]
+    with pytest.raises(UserError, match="host 0 stopped: UserError: no videos"):
+        hosts.agreed(lambda: 1)
+    told.clear()
+    assert hosts.agreed(lambda: 1) == 1
+
+
 def test_one_host_needs_nobody(shapes, tmp_path):
     assert hosts.together({"a": 1}) == [{"a": 1}]
     hosts.wait("nobody")

@@ -473,3 +473,12 @@ def test_few_videos_per_class(shapes):
     opened = splits.open_splits(c)
     assert [opened.train.labels.count(label) for label in range(8)] == [2] * 8
     assert len(opened.test) == 8
+
+
+def test_microbatches_that_mixup_cannot_pair_are_refused(shapes, tmp_path):
+    c = finetune_config(shapes)
+    c.augment.update(mixup=0.8, mix_probability=1.0)
+    c.data.batch_size, c.optim.accumulate = 24, 3
+    with pytest.raises(settings.UserError, match=r"microbatches of 1 clips, and mixup pairs clips: .* of 48"):
+        loop.run(c, tmp_path, time.time())
+    assert not list(tmp_path.iterdir())
