@@ -251,3 +251,21 @@ def test_a_key_that_the_task_does_not_read_is_refused(task, key, value):
     c[section][name] = value
     with pytest.raises(settings.UserError, match=f"{key}={value} is set, but only .* would read it"):
         settings.resolve(c)
+
+
+def test_attention_falls_back_with_one_line_where_the_fused_kernel_fails(monkeypatch, capsys):
+    """A machine that says it has a GPU, and cannot run its kernel."""
+    choose = tasks._attention.__wrapped__  # without what was found before
+    assert choose("auto", "float32", (16,)) == "blocks"  # this one is a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert choose("auto", "float32", (16,)) == "xla"
+    assert capsys.readouterr().out == ""
+    assert choose("auto", "bfloat16", (16,)) == "xla"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "model.attention=auto: the fused kernel does not work here, using xla" in line
+    with pytest.raises(settings.UserError, match=r"model.attention=cudnn does not work here with bfloat16"):
+        choose("cudnn", "bfloat16", (16,))
+    tried = []
+    monkeypatch.setattr(tasks.attention, "attend", lambda q, k, v, kind: tried.append(kind) or q + k + v)
+    assert choose("auto", "bfloat16", (16, 32)) == "cudnn"
+    assert tried == ["cudnn", "cudnn"]
