@@ -56,7 +56,7 @@ class VideoClassifier(nnx.Module):
         # The published fc_norm, or with pooling "first" the trunk's final norm; small enough for float32.
         epsilon = config.final_norm_epsilon or config.norm_epsilon
         self.norm = vit.layer_norm(width, epsilon, "float32", rngs)
-        self.head = vit.linear(width, len(config.classes), "float32", rngs, vit.NORMAL)
+        self.head = vit.Linear(width, len(config.classes), "float32", rngs, vit.NORMAL)
         self.head.kernel[...] = self.head.kernel[...] * config.head_scale
 
     def pooled(
@@ -131,9 +131,9 @@ class AttentiveProbe(nnx.Module):
         self.num_heads = num_heads
         self.norm = vit.layer_norm(width, 1e-6, "float32", rngs)
         self.query = nnx.Param(vit.NORMAL(rngs.params(), (1, width), jnp.float32))
-        self.key_value = vit.linear(width, 2 * width, "float32", rngs, vit.XAVIER)
-        self.out = vit.linear(width, width, "float32", rngs, vit.XAVIER)
-        self.head = vit.linear(width, classes, "float32", rngs, vit.NORMAL)
+        self.key_value = vit.Linear(width, 2 * width, "float32", rngs, vit.XAVIER)
+        self.out = vit.Linear(width, width, "float32", rngs, vit.XAVIER)
+        self.head = vit.Linear(width, classes, "float32", rngs, vit.NORMAL)
 
     def __call__(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B K"]:
         b, n, d = tokens.shape

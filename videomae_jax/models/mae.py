@@ -50,7 +50,7 @@ class Decoder(nnx.Module):
         self.mask_token = nnx.Param(0.02 * token)
         self.blocks = vit.make_blocks(sizes, c.norm_epsilon, c.layer_scale, c.compute, rngs, vit.XAVIER)
         self.norm = vit.layer_norm(width, c.final_norm_epsilon or c.norm_epsilon, dtype, rngs)
-        self.head = vit.linear(width, voxels, dtype, rngs, vit.XAVIER)
+        self.head = vit.Linear(width, voxels, dtype, rngs, vit.XAVIER)
 
 
 class VideoMAE(nnx.Module):
@@ -127,10 +127,11 @@ class VideoMAE(nnx.Module):
                 "this model is an encoder alone: it can encode, but has no decoder to predict with"
             )
         x = tokens @ self.decoder.project[...].astype(tokens.dtype)
-        table = self._positions(grid, self.config.decoder.width).astype(x.dtype)
-        masks = self.decoder.mask_token[...].astype(x.dtype) + table[hidden]
-        # Visible first, hidden after, as published; blocks do not care about the order of tokens.
-        x = jnp.concatenate([x + table[visible], masks], axis=1)
+        table = self._positions(grid, self.config.decoder.width)
+        # Visible first, hidden after, as published; blocks do not care about the order of tokens. Added in
+        # float32, see `vit.add_bias`.
+        shown, masks = x.astype(jnp.float32) + table[visible], self.decoder.mask_token[...] + table[hidden]
+        x = jnp.concatenate([shown.astype(x.dtype), masks.astype(x.dtype)], axis=1)
         compute, rate = self.config.compute, self.config.drop_path
         x = vit.run_blocks(self.decoder.blocks, x, compute, rate, keys)
         x = self.decoder.norm(x[:, visible.shape[1] :])

@@ -182,9 +182,28 @@ XAVIER: Initializer = nnx.initializers.xavier_uniform()
 NORMAL: Initializer = nnx.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
 
 
-def linear(inputs: int, outputs: int, dtype: str, rngs: nnx.Rngs, kernel_init: Initializer) -> nnx.Linear:
+def add_bias(x: Float[Array, "*S D"], bias: Float[Array, " D"]) -> Float[Array, "*S D"]:
+    """`x + bias` in the dtype of `x`, added in float32.
+
+    The gradient of a bias is a sum over all tokens, in the dtype of the addition: in bfloat16 it is off by up
+    to an eighth.
+    """
+    return (x.astype(jnp.float32) + bias).astype(x.dtype)
+
+
+class Linear(nnx.Module):
     """A layer with float32 parameters and its matmul in `dtype`; its bias begins at 0."""
-    return nnx.Linear(inputs, outputs, dtype=jnp.dtype(dtype), kernel_init=kernel_init, rngs=rngs)
+
+    def __init__(self, inputs: int, outputs: int, dtype: str, rngs: nnx.Rngs, kernel_init: Initializer):
+        self.dtype = jnp.dtype(dtype)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+
+    def __call__(
+        self, x: Float[Array, "*S E"], leave: Callable[[jax.Array], jax.Array] = lambda x: x
+    ) -> Float[Array, "*S D"]:
+        """With `leave`, what becomes of the product before the bias is added; see `Cut`."""
+        return add_bias(leave(x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)), self.bias[...])
 
 
 def layer_norm(width: int, epsilon: float, dtype: str, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -220,13 +239,6 @@ def cut_blocks(cut: Cut) -> Generator[None]:
         _cut.reset(token)
 
 
-def _join(layer: nnx.Linear, x: Float[Array, "T E"]) -> Float[Array, "T D"]:
-    """The layer on inputs that may be one device's part: their products are summed, then the bias added."""
-    assert layer.bias is not None
-    kernel, bias = (param[...].astype(layer.dtype) for param in (layer.kernel, layer.bias))
-    return _cut.get().leave(x @ kernel) + bias
-
-
 class Attention(nnx.Module):
     """Joint space-time self-attention with learned query and value biases and no key bias."""
 
@@ -239,7 +251,7 @@ class Attention(nnx.Module):
         self.qkv = nnx.Param(kernel_init(rngs.params(), (d, 3 * d), jnp.float32).reshape(d, 3, d))
         self.q_bias = nnx.Param(jnp.zeros(d))
         self.v_bias = nnx.Param(jnp.zeros(d))
-        self.out = linear(d, d, compute.dtype, rngs, kernel_init)
+        self.out = Linear(d, d, compute.dtype, rngs, kernel_init)
 
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         b, n, d = x.shape
@@ -248,11 +260,11 @@ class Attention(nnx.Module):
         flat = cut.enter(x.reshape(b * n, d))
         qkv = jnp.einsum("td,dce->tce", flat, self.qkv[...].astype(self.dtype))
         q, k, v = jnp.moveaxis(qkv, 1, 0)
-        q, v = (x + bias[...].astype(self.dtype) for x, bias in ((q, self.q_bias), (v, self.v_bias)))
+        q, v = add_bias(q, self.q_bias[...]), add_bias(v, self.v_bias[...])
         # All heads, or those of this device.
         q, k, v = (x.reshape(b, n, -1, d // self.num_heads).transpose(0, 2, 1, 3) for x in (q, k, v))
         out = attend(q, k, v, self.kind).transpose(0, 2, 1, 3).reshape(b * n, -1)
-        return _join(self.out, out).reshape(b, n, d)
+        return self.out(out, cut.leave).reshape(b, n, d)
 
 
 class Block(nnx.Module):
@@ -271,8 +283,8 @@ class Block(nnx.Module):
         self.norm1 = layer_norm(d, epsilon, dtype, rngs)
         self.attention = Attention(sizes, compute, rngs, kernel_init)
         self.norm2 = layer_norm(d, epsilon, dtype, rngs)
-        self.fc1 = linear(d, sizes.mlp_dim, dtype, rngs, kernel_init)
-        self.fc2 = linear(sizes.mlp_dim, d, dtype, rngs, kernel_init)
+        self.fc1 = Linear(d, sizes.mlp_dim, dtype, rngs, kernel_init)
+        self.fc2 = Linear(sizes.mlp_dim, d, dtype, rngs, kernel_init)
         self.has_layer_scale = layer_scale > 0
         if self.has_layer_scale:
             self.gamma1 = nnx.Param(jnp.full(d, layer_scale))
@@ -284,17 +296,22 @@ class Block(nnx.Module):
         """`branch_scales` multiply the two branches of each example (see `drop_path_scales`)."""
         y = self.attention(self.norm1(x))
         if self.has_layer_scale:
-            y = y * self.gamma1[...].astype(y.dtype)
+            y = _scaled(y, self.gamma1[...])
         if branch_scales is not None:
             y = y * branch_scales[0, :, None, None].astype(y.dtype)
         x = x + y
-        y = _cut.get().enter(self.norm2(x).reshape(-1, x.shape[-1]))
-        y = _join(self.fc2, gelu(self.fc1(y))).reshape(x.shape)
+        cut = _cut.get()
+        y = cut.enter(self.norm2(x).reshape(-1, x.shape[-1]))
+        y = self.fc2(gelu(self.fc1(y)), cut.leave).reshape(x.shape)
         if self.has_layer_scale:
-            y = y * self.gamma2[...].astype(y.dtype)
+            y = _scaled(y, self.gamma2[...])
         if branch_scales is not None:
             y = y * branch_scales[1, :, None, None].astype(y.dtype)
         return x + y
+
+
+def _scaled(x: Float[Array, "B N D"], gamma: Float[Array, " D"]) -> Float[Array, "B N D"]:
+    return (x.astype(jnp.float32) * gamma).astype(x.dtype)  # as in `add_bias`
 
 
 def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
@@ -393,10 +410,11 @@ class TubeletEmbed(nnx.Module):
         self.kernel = nnx.Param(draw(rngs.params(), (voxels, width)))
         self.bias = nnx.Param(draw(rngs.params(), (width,)))
 
-    def __call__(self, pixels: Float[Array, "B K P"]) -> Float[Array, "B K D"]:
-        return pixels.astype(self.dtype) @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(
-            self.dtype
-        )
+    def __call__(
+        self, pixels: Float[Array, "B K P"], positions: Float[Array, "#B K D"]
+    ) -> Float[Array, "B K D"]:
+        tokens = pixels.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return (tokens.astype(jnp.float32) + self.bias[...] + positions).astype(self.dtype)
 
 
 class Trunk(nnx.Module):
@@ -416,8 +434,7 @@ class Trunk(nnx.Module):
         frozen: int = 0,
     ) -> Float[Array, "B K D"]:
         """Tokens of normalised tubelets at their positions, before any final norm; see `run_blocks`."""
-        x = self.embed(pixels)
-        x = x + positions.astype(x.dtype)
+        x = self.embed(pixels, positions)
         return run_blocks(self.blocks, x, self.config.compute, self.config.drop_path, keys, frozen)
 
 
