@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import mesh_of
 
@@ -120,3 +121,21 @@ def test_drop_path_is_active_in_training_only():
         float(mean_loss(t, params, {n: jnp.asarray(v) for n, v in batch_of().items()})) for t in (task, TASK)
     }
     assert len(losses) == 2
+
+
+def test_no_random_stream_serves_two_uses():
+    """Initialisation and every kind of draw descend from keys of their own, as do their children."""
+    root = jax.random.key(3)
+
+    def given(key):  # what a task's `init` gets
+        return {"bias": jax.random.key_data(key)}
+
+    state, _ = step.init_state(given, optax.identity(), mesh_of(1), seed=3)
+    streams = [step.stream(root, name) for name in step._STREAMS[:-1]]
+    parents = [jax.random.wrap_key_data(state.params["bias"]), *streams]
+    keys = {}
+    for number, parent in enumerate(parents):
+        children = [jax.random.fold_in(parent, i) for i in range(20)]
+        for key in (parent, *children, *jax.random.split(parent, 20), *jax.random.split(children[0], 20)):
+            assert keys.setdefault(np.asarray(jax.random.key_data(key)).tobytes(), number) == number
+    assert len(keys) > 20 * len(parents)

@@ -27,7 +27,7 @@ LossFn = Callable[[Any, Batch, jax.Array, Int[Array, ""]], Float[Array, " B"]]
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
 
-_STREAMS = ("mask", "drop_path", "mix", "erase", "dropout")
+_STREAMS = ("mask", "drop_path", "mix", "erase", "dropout", "init")
 
 
 def stream(root: Key[Array, ""], name: str) -> Key[Array, ""]:
@@ -84,7 +84,7 @@ def init_state(
     """(state, its shardings): every leaf is born where it belongs, none on one device first."""
     _, shardings = abstract_state(init, tx, mesh, has_ema)
     create = jax.jit(_creator(init, tx, has_ema), out_shardings=shardings)
-    return create(jax.random.key(seed)), shardings
+    return create(stream(jax.random.key(seed), "init")), shardings
 
 
 def microbatches(batch: Batch, count: int) -> Batch:
