@@ -1,5 +1,7 @@
 """The tree of settings: locked, complete, and equal to the published tables."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -168,12 +170,51 @@ def test_schedules_that_cannot_be(changes, videos, text):
         settings.finalize(c, videos)
 
 
-@pytest.mark.parametrize("key", ["log.steps", "log.pictures", "data.frames", "mesh.fsdp"])
-def test_counts_that_are_too_small(key):
+def interval_of(key: str) -> str | None:
+    return next((interval for interval, keys in settings._BOUNDS.items() if key in keys), None)
+
+
+NUMBERS = [
+    key
+    for key, value in settings.flatten(settings.defaults()).items()
+    if not isinstance(value, str | bool) and key != "model.pixel_mean"  # any finite numbers
+]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -2])
+def test_every_number_has_an_interval_that_it_must_lie_in(untyped, key, wrong):
     c = settings.defaults()
+    *sections, name = key.split(".")
+    place = c
+    for section in sections:
+        place = place[section]
+    before = place[name]
+    with place.unlocked():
+        del place[name]  # what a config file may do, and a command line where types agree
+        place[name] = (*before[1:], wrong) if isinstance(before, tuple) else wrong
+    with pytest.raises(settings.UserError, match=rf"{key}=.* is out of range: use finite numbers in [\[(]"):
+        settings.resolve(c)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("optim.lr", 0.0, r"optim.lr=0.0 is out of range: use finite numbers in \(0, inf\)"),
+        ("evaluate.temperature", 0.0, "temperature=0.0 is out of range"),
+        ("mask.ratio", 1.0, r"mask.ratio=1.0 is out of range: use finite numbers in \(0, 1\)"),
+        ("log.steps", 0, r"log.steps=0 is out of range: use finite numbers in \[1, inf\)"),
+        ("model.pixel_std", (0.2, 0.0, 0.2), "pixel_std"),
+        ("data.size", (32,), r"data.size=\[32\] must be 2 numbers, such as \(224, 224\)"),
+        ("model.tubelet", (2, 8), "must be 3 numbers"),
+        ("augment.area", (1.0, 0.5), "the smaller share, then the larger"),
+    ],
+)
+def test_numbers_out_of_range(untyped, key, value, text):
+    c = load_config("debug", "task=finetune" if key.startswith("augment") else "")
     section, name = key.split(".")
-    c[section][name] = 0
-    with pytest.raises(settings.UserError, match=f"{key}=0 must be at least 1"):
+    c[section][name] = value
+    with pytest.raises(settings.UserError, match=text):
         settings.resolve(c)
 
 
@@ -217,9 +258,9 @@ def test_settings_that_do_not_fit_together(untyped, section, change, text):
     [
         ("head", {"kind": "sigmoid"}, "unknown head 'sigmoid'"),
         ("head", {"pooling": "max"}, "unknown pooling 'max'"),
-        ("head", {"dropout": 1.0}, "head_dropout 1.0 must be"),
+        ("head", {"dropout": 1.0}, "head.dropout=1.0 is out of range"),
         ("head", {"kind": "regression"}, "mixup and cutmix mix classes"),
-        ("model", {"drop_path": 1.5}, "drop_path 1.5 must be"),
+        ("model", {"drop_path": 1.5}, "drop_path=1.5 is out of range"),
         ("data", {"batch_size": 9}, "batch_size=9 is odd, and mixup pairs clips"),
         ("augment", {"policy": "auto"}, "'auto' is not understood"),
         ("augment", {"mix_switch": 2.0}, "augment.mix_switch=2.0 is out of range"),

@@ -262,6 +262,23 @@ def test_a_work_folder_of_another_run_is_refused(shapes, tmp_path, debug_config)
         loop.run(fewer, tmp_path, time.time())
 
 
+@pytest.mark.parametrize("stored", ["auto", "bfloat16"])
+def test_a_run_is_not_resumed_in_another_dtype(tmp_path, debug_config, stored, monkeypatch):
+    """What "auto" meant is stored; of older runs it stands beside their weights."""
+    monkeypatch.setattr(loop.tasks.jax, "default_backend", lambda: "gpu")
+    debug_config.optim.update(duration=2, warmup=1)
+    debug_config.model.attention = "xla"
+    loop.run(debug_config, tmp_path, time.time())
+    path = tmp_path / "config.json"
+    assert json.loads(path.read_text())["config"]["model"]["dtype"] == "bfloat16"
+    path.write_text(path.read_text().replace('"dtype": "bfloat16"', f'"dtype": "{stored}"'))
+    monkeypatch.undo()
+    with pytest.raises(settings.UserError, match=r"other settings \(model.dtype: bfloat16 -> float32\)"):
+        loop.run(debug_config, tmp_path, time.time())
+    debug_config.model.dtype = "bfloat16"
+    assert loop.run(debug_config, tmp_path, time.time())["step"] == 2
+
+
 def test_skipped_steps_are_written_down_and_limited(shapes, tmp_path, debug_config, monkeypatch):
     debug_config.optim.max_skipped = 3
     plain = Pretrain.clip_losses

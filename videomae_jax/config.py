@@ -1,6 +1,7 @@
 """The one tree of settings: `defaults()` names every key with its unit, config files only edit them."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -156,15 +157,73 @@ _FREE_KEYS = re.compile(
 )
 
 
-_AT_LEAST = {
-    **{"data.frames": 1, "data.stride": 0, "data.batch_size": 1, "data.held_out": 0, "data.workers": -1},
-    **{"data.threads": -1, "data.clips_per_video": 1, "data.max_videos_per_class": 0, "model.unroll": 1},
-    **{"mesh.fsdp": 1, "mesh.tensor": 1, "checkpoint.keep_last": 1, "log.steps": 1, "log.pictures": 1},
-    **{"optim.max_skipped": 1, "optim.accumulate": 1, "optim.freeze_blocks": 0, "optim.patience": 0},
-    **{"evaluate.every": 0, "evaluate.segments": 1, "evaluate.crops": 1, "evaluate.batch_videos": 1},
-    **{"evaluate.neighbours": 1, "evaluate.knn_videos": 1, "probe.epochs": 1, "probe.batch_size": 1},
-    **{"debug.overfit": 0, "mesh.step_limit": 0},
+# Intervals that values lie in, every number of those that have several; "(" and ")" leave the end out.
+_BOUNDS = {
+    "(0, inf)": (
+        *("model.norm_epsilon", "model.pixel_std", "optim.duration", "optim.lr", "optim.epsilon", "probe.lr"),
+        *("checkpoint.every", "evaluate.temperature"),
+    ),
+    "[0, inf)": (
+        *(
+            "model.layer_scale",
+            "head.scale",
+            "augment.mixup",
+            "augment.cutmix",
+            "optim.warmup",
+            "optim.min_lr",
+        ),
+        *("optim.weight_decay", "optim.clip_norm", "checkpoint.keep_every", "evaluate.every"),
+        *(
+            "data.stride",
+            "data.held_out",
+            "data.max_videos_per_class",
+            "optim.freeze_blocks",
+            "optim.patience",
+        ),
+        *("debug.overfit", "mesh.step_limit"),
+    ),
+    "[1, inf)": (
+        *("model.tubelet", "model.encoder", "model.decoder", "model.unroll", "data.frames", "data.size"),
+        *("data.batch_size", "data.clips_per_video", "data.generate.size", "data.generate.frames"),
+        *("data.generate.videos", "mesh.fsdp", "mesh.tensor", "checkpoint.keep_last", "log.steps"),
+        *("optim.max_skipped", "optim.accumulate", "evaluate.segments", "evaluate.crops", "log.pictures"),
+        *("evaluate.batch_videos", "evaluate.neighbours", "evaluate.knn_videos", "probe.epochs"),
+        *("probe.batch_size", "probe.num_heads"),
+    ),
+    "[-1, inf)": ("data.workers", "data.threads", "mesh.data"),
+    "[0, 2147483647]": ("seed", "data.generate.seed"),
+    "(0, 1)": ("mask.ratio",),
+    "(0, 1]": ("augment.area", "optim.layer_decay"),
+    "[0, 1)": ("model.drop_path", "head.dropout", "loss.smoothing", "optim.betas", "optim.ema"),
+    "[0, 1]": (
+        *("data.max_bad_fraction", "augment.erasing", "augment.mix_probability", "augment.mix_switch"),
+    ),
 }
+
+
+def _check_numbers(values: dict[str, Any], untouched: dict[str, Any]) -> None:
+    """Refuses a number that is not finite or lies outside its key's interval, and a wrong number of numbers.
+
+    Raises:
+        UserError: naming the key and what it may be.
+    """
+    intervals = {key: interval for interval, keys in _BOUNDS.items() for key in keys}
+    for key, value in values.items():
+        default = untouched[key]
+        numbers = value if isinstance(value, list) else [value]
+        if isinstance(default, list) and len(numbers) != len(default) and not key.startswith("model.pixel_"):
+            example = f"({', '.join(map(str, default))})"
+            raise UserError(f"{key}={value} must be {len(default)} numbers, such as {example}")
+        if isinstance(default, str | bool):
+            continue
+        interval = intervals.get(key) or intervals.get(key.rpartition(".")[0], "(-inf, inf)")
+        low, high = map(float, interval[1:-1].split(","))
+        for number in numbers:
+            is_above = number > low or (interval[0] == "[" and number == low)
+            is_below = number < high or (interval[-1] == "]" and number == high)
+            if not (is_above and is_below and math.isfinite(number)):
+                raise UserError(f"{key}={value} is out of range: use finite numbers in {interval}")
+
 
 _SPLITS = ("test", "validation", "all")
 
@@ -188,7 +247,7 @@ _ONLY_FOR = (
 def resolve(config: Config) -> Config:
     """The settings as they are run: checked, and short and plain where `debug.overfit` asks for it.
 
-    Refuses counts that are too small, and edited keys that the task does not read.
+    Refuses numbers that are out of range, and edited keys that the task does not read.
 
     Raises:
         UserError: naming the key.
@@ -196,9 +255,7 @@ def resolve(config: Config) -> Config:
     if config.task not in TASKS:
         raise UserError(f"task={config.task!r} is unknown: use {', '.join(TASKS)}")
     values, untouched = flatten(config), flatten(defaults())
-    for key, least in _AT_LEAST.items():
-        if values[key] < least:
-            raise UserError(f"{key}={values[key]} must be at least {least}")
+    _check_numbers(values, untouched)
     for pattern, tasks in _ONLY_FOR:
         for key in values:
             if re.fullmatch(pattern, key) and config.task not in tasks and values[key] != untouched[key]:
@@ -206,6 +263,8 @@ def resolve(config: Config) -> Config:
                     f"{key}={values[key]} is set, but only {' and '.join(tasks)} would read it, not "
                     f"{config.task}: leave it at {untouched[key]!r}"
                 )
+    if config.augment.area[0] > config.augment.area[1]:
+        raise UserError(f"augment.area={config.augment.area} must be the smaller share, then the larger")
     if config.evaluate.split not in _SPLITS:
         raise UserError(f"evaluate.split={config.evaluate.split!r} is unknown: use {', '.join(_SPLITS)}")
     if not config.debug.overfit:

@@ -15,7 +15,7 @@ from videomae_jax import hosts, sharding
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
-from videomae_jax.interop import transfer
+from videomae_jax.interop import export, transfer
 from videomae_jax.training import checkpoint, feed, finetune, optim, probe, report, splits, step, tasks
 from videomae_jax.training.feed import TrainingError
 
@@ -34,7 +34,7 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
         TrainingError: too many steps in a row without a usable gradient.
     """
     phases = _Phases(started)
-    config = settings.resolve(config)
+    config = tasks.with_dtype(settings.resolve(config))
     if config.task == "probe":
         return probe.run(config, workdir, started)
     with hosts.Interrupt() as interrupt:
@@ -372,6 +372,8 @@ def _claim(workdir: pathlib.Path, config: Config, source: Source) -> None:
     if not path.exists():
         raise UserError(f"{workdir} holds checkpoints but no config.json: use another --workdir")
     theirs = json.loads(path.read_text())
+    if theirs["config"]["model"]["dtype"] == "auto":  # of runs before it was stored as it was used
+        theirs["config"]["model"]["dtype"] = export.read_config(workdir).compute.dtype
     changed = settings.differences(theirs["config"], ours["config"])
     if changed:
         raise UserError(

@@ -49,6 +49,15 @@ def make_task(config: Config, train: Source | None = None, weights: str = "") ->
     return task
 
 
+def with_dtype(config: Config) -> Config:
+    """The settings with the dtype that "auto" means here, so that a run's own say what it was computed in."""
+    if config.model.dtype != "auto":
+        return config
+    config = config.copy_and_resolve_references()
+    config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return config
+
+
 def make_mesh(config: Config) -> jax.sharding.Mesh:
     """The mesh that the settings ask for.
 
@@ -76,11 +85,9 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
 
 def backbone(config: Config) -> dict[str, Any]:
     """The settings that every model shares, as fields of its config, plain data."""
-    model = config.model.to_dict()
+    model = with_dtype(config).model.to_dict()
     del model["decoder"]
     compute = {name: model.pop(name) for name in ("dtype", "unroll", "remat", "attention")}
-    if compute["dtype"] == "auto":
-        compute["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     widths = {stack["width"] // stack["num_heads"] for stack in (model["encoder"], config.model.decoder)}
     compute["attention"] = _attention(compute["attention"], compute["dtype"], tuple(sorted(widths)))
     return model | {"clip_size": (config.data.frames, *config.data.size), "compute": compute}
@@ -197,11 +204,6 @@ def _finetune(config: Config, train: Source | None, weights: str) -> Finetune:
 
 
 def _check_mix(config: Config, mix: Mix, is_mixed: bool) -> None:
-    for name in ("mixup", "cutmix", "mix_probability", "mix_switch"):
-        if config.augment[name] < 0 or (name.startswith("mix_") and config.augment[name] > 1):
-            raise UserError(
-                f"augment.{name}={config.augment[name]} is out of range: see videomae_jax/config.py"
-            )
     if mix.is_active and config.head.kind != "softmax":
         raise UserError(
             f"augment.mixup and cutmix mix classes and are not for head.kind={config.head.kind}: set "
