@@ -41,7 +41,9 @@ def mask() -> jax.Array:
 
 
 def run(model, video, mask, normalize, statistics):
-    return reconstruct.reconstruct(model, video, *masking.from_mask(mask), normalize, statistics)
+    return reconstruct.reconstruct(
+        model, video, ["a"] * len(video), *masking.from_mask(mask), normalize, statistics
+    )
 
 
 def changed_where_hidden(video, mask, rng):

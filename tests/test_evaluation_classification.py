@@ -67,10 +67,63 @@ def test_mean_average_precision_leaves_out_classes_without_a_video():
     assert classification.mean_average_precision(values, targets) == pytest.approx((1 + 2 / 3) / 2)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("head", ["softmax", "multilabel", "regression"])
+def test_what_is_not_finite_is_never_right(bad, head):
+    """One output of one view of one video, of the class that is right or of another."""
+    labels = np.array([0, 1])
+    targets = np.eye(3)[labels] if head != "softmax" else np.zeros((2, 0))
+    good = np.where(np.eye(3)[labels], 5.0, -5.0)[:, None].repeat(2, axis=1)
+    for place in range(3):
+        outputs = good.copy()
+        outputs[1, 0, place] = bad
+        with np.errstate(all="raise"):
+            found = Scores(np.array([4, 7]), classification.merge_views(outputs, head), labels, targets)
+        assert found.not_finite.tolist() == [7]
+        figures = found.metrics(head)
+        if head == "softmax":
+            assert (figures["top1"], figures["top5"], figures["mean_class_accuracy"]) == (0.5, 0.5, 0.5)
+            assert np.isfinite(figures["loss"])
+        elif head == "multilabel":
+            assert figures["mean_average_precision"] == pytest.approx(0.5)
+        else:
+            assert not figures["r2"] > 0
+        with pytest.raises(classification.OutputError, match=r"it: the outputs for 1 of 2 videos .* is b:"):
+            classification.check_finite(outputs, ["a", "b"], "it")
+
+
+def test_average_precision_does_not_depend_on_the_order_of_ties(rng):
+    """The published definition: a threshold takes all of a score at once."""
+    scores, targets = rng.integers(0, 4, (50, 3)) / 4, rng.integers(0, 2, (50, 3)).astype(float)
+    expected = []
+    for score, target in zip(scores.T, targets.T, strict=True):
+        recall, total = 0.0, 0.0
+        for threshold in sorted(set(score), reverse=True):
+            taken = score >= threshold
+            reached = target[taken].sum() / target.sum()
+            total, recall = total + (reached - recall) * target[taken].mean(), reached
+        expected.append(total)
+    for order in (np.arange(50), rng.permutation(50), np.argsort(targets[:, 0]), np.argsort(-targets[:, 0])):
+        found = classification.mean_average_precision(scores[order], targets[order])
+        assert found == pytest.approx(np.mean(expected), abs=1e-12)
+
+
+def test_features_that_are_not_finite_have_no_vote():
+    known = np.array([[1.0, 0], [np.nan, 0.1], [0, 1.0]])
+    votes = neighbours.votes(known, np.array([0, 0, 1]), np.array([[1.0, 0.1], [np.inf, 1]]), 2, 3, 0.07)
+    assert votes[0].argmax() == 0
+    assert np.isnan(votes[1]).all()
+    assert classification.label_ranks(votes, np.array([0, 0])).tolist()[1] > 5
+    with pytest.raises(ValueError, match="none of the features of 3 known videos are finite"):
+        neighbours.votes(known * np.nan, np.array([0, 0, 1]), known, 2, 3, 0.07)
+
+
 def test_regression():
     truth = np.array([[0.0], [2.0]])
     found = Scores(np.arange(2), np.array([[1.0], [2.0]]), np.full(2, -1), truth).metrics("regression")
     assert found == {"mean_squared_error": 0.5, "mean_absolute_error": 0.5, "r2": 0.5}
+    same = Scores(np.arange(2), np.array([[1.0], [2.0]]), np.full(2, -1), truth * 0)
+    assert same.metrics("regression")["r2"] == 0.0
 
 
 def test_chance():

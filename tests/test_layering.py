@@ -23,7 +23,7 @@ MAY = {
     "training": {
         *("training", "apps", "config", "data", "evaluation", "hosts", "interop", "models", "sharding"),
     },
-    "cli": {"apps", "config", "data", "hosts", "interop", "sharding", "training"},
+    "cli": {"apps", "config", "data", "evaluation", "hosts", "interop", "sharding", "training"},
     "__main__": {"cli"},
     "__init__": {"interop", "models"},
 }
@@ -31,7 +31,7 @@ FOREIGN = {
     "data": {"jax", "flax", "optax", "orbax", "ml_collections", "torch", "tensorflow"},
     "models": {"orbax", "ml_collections", "av", "PIL", "pathlib", "os", "time", "torch", "tensorflow"},
 }
-NNX = {"Module", "Param", "Linear", "LayerNorm", "Rngs", "vmap", "split", "merge", "eval_shape"}
+NNX = {"Module", "Param", "LayerNorm", "Rngs", "vmap", "split", "merge", "eval_shape"}
 NNX |= {"to_pure_dict", "graphdef", "state", "initializers"}
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 import videomae_jax as vm
 from videomae_jax import config as settings
 from videomae_jax.data import pipeline, sources
+from videomae_jax.evaluation.classification import OutputError
 from videomae_jax.interop import export, transfer
 from videomae_jax.training import evaluate, loop, report, splits, tasks, testing
 from videomae_jax.training.finetune import Finetune
@@ -91,7 +92,7 @@ def test_a_finetuning_run_leaves_what_it_promises(undisturbed):
 
 def test_the_backbone_is_the_pretrained_one(pretrained, shapes, tmp_path, capsys, monkeypatch):
     """With a learning rate of nothing, all but norm and head are as they were."""
-    c = finetune_config(shapes, lr=0.0)
+    c = finetune_config(shapes, lr=1e-30)
     c.optim.duration, c.init_from, c.optim.warmup = 5, str(pretrained), 1
     run(c, tmp_path)
     ours, theirs = params_of(tmp_path), params_of(pretrained)
@@ -170,13 +171,47 @@ def test_frozen_blocks_do_not_move(shapes, tmp_path, pretrained):
     assert (ours["blocks"]["fc1"]["kernel"][1] != theirs["blocks"]["fc1"]["kernel"][1]).any()
 
 
+def break_weights(monkeypatch, is_bad):
+    """Validation and tests see NaN in the head where `is_bad`(number of the run of a model) says so."""
+    plain, runs = testing.Evaluator.run, itertools.count()
+
+    def run(self, params):
+        if is_bad(next(runs)):
+            params = {**params, "head": jax.tree.map(lambda x: x * jnp.nan, params["head"])}
+        return plain(self, params)
+
+    monkeypatch.setattr(testing.Evaluator, "run", run)
+
+
+def test_weights_that_are_not_finite_are_never_the_best(shapes, tmp_path, capsys, monkeypatch):
+    break_weights(monkeypatch, lambda number: number in (0, 4))  # of 3 validations, best, last
+    with pytest.raises(
+        OutputError, match=r"last weights: the outputs for 8 of 8 videos .* the first is down/"
+    ):
+        run(finetune_config(shapes), tmp_path)
+    lines = {line["step"]: line for line in logged(tmp_path) if "validation_top1" in line}
+    assert (lines[5]["validation_top1"], lines[5]["validation_not_finite"]) == (0.0, 8.0)
+    assert lines[10]["validation_not_finite"] == 0
+    output = capsys.readouterr().out
+    assert "the scores of 8 of 8 validation videos are not finite, the first is down/" in output
+    assert export.read_metadata(tmp_path / "best")["validation"]["step"] in (10, 12)
+    assert np.isfinite(params_of(tmp_path / "best")["head"]["kernel"]).all()
+
+
+def test_a_run_without_any_finite_validation_ends_with_an_error(shapes, tmp_path, monkeypatch):
+    break_weights(monkeypatch, lambda _number: True)
+    with pytest.raises(settings.UserError, match="its validation was never finite"):
+        run(finetune_config(shapes), tmp_path)
+    assert not (tmp_path / "best").exists()
+
+
 def test_early_stopping(shapes, tmp_path, monkeypatch):
     """Two validations without improvement end the run; started again, it stays ended."""
     top1 = iter([0.3, 0.5, 0.5, 0.4] + [9.9] * 9)
     monkeypatch.setattr(
         Finetune,
         "validator",
-        lambda *_: lambda _params: {"validation_top1": next(top1), "validation_loss": 1.0},
+        lambda *_: lambda _params: {"validation_top1": next(top1), "validation_not_finite": 0.0},
     )
     c = finetune_config(shapes, patience=2)
     c.optim.duration, c.evaluate.every = 40, 2
@@ -189,7 +224,7 @@ def test_early_stopping(shapes, tmp_path, monkeypatch):
 
 def test_a_warning_when_nothing_is_learnt(shapes, tmp_path, capsys, monkeypatch):
     """Once, and not before the warm-up is over."""
-    luck = {"validation_top1": 0.125, "validation_at_chance": 1.0}
+    luck = {"validation_top1": 0.125, "validation_at_chance": 1.0, "validation_not_finite": 0.0}
     monkeypatch.setattr(Finetune, "validator", lambda *_: lambda _params: dict(luck))
     c = finetune_config(shapes)
     c.optim.duration, c.optim.warmup, c.evaluate.every = 6, 4, 2
@@ -208,9 +243,9 @@ def test_eight_clips_can_be_learnt_by_heart(shapes, tmp_path):
 
 
 def test_what_cannot_be_learnt_by_heart_is_an_error(shapes, tmp_path):
-    c = finetune_config(shapes, lr=0.0)
+    c = finetune_config(shapes, lr=1e-30)
     c.debug.overfit = 8
-    with pytest.raises(settings.UserError, match=r"debug\.overfit=8: only [\d.]+% of the training"):
+    with pytest.raises(settings.UserError, match=r"debug\.overfit=8: the training clips are not learnt"):
         run(c, tmp_path)
 
 

@@ -230,13 +230,14 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from videomae_jax.data.decode import DecodeError
     from videomae_jax.data.prepare import PrepareError
     from videomae_jax.data.sources import SourceError
+    from videomae_jax.evaluation.classification import OutputError
     from videomae_jax.interop.export import ExportError
     from videomae_jax.interop.torch_file import TorchFileError
     from videomae_jax.interop.torch_weights import WeightsError
     from videomae_jax.interop.transfer import TransferError
 
     weights = (ExportError, TorchFileError, TransferError, WeightsError)
-    return UserError, DecodeError, PrepareError, SourceError, *weights
+    return UserError, DecodeError, OutputError, PrepareError, SourceError, *weights
 
 
 def main(started: float) -> int:

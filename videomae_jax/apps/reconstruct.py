@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from videomae_jax.config import UserError
 from videomae_jax.data import augment, decode, sampling
-from videomae_jax.evaluation import reconstruction
+from videomae_jax.evaluation import classification, reconstruction
 from videomae_jax.interop import weights
 from videomae_jax.models import masking, tubelets
 from videomae_jax.models.mae import VideoMAE
@@ -59,6 +59,7 @@ class Panels:
 def reconstruct(
     model: VideoMAE,
     video: np.ndarray,
+    names: list[str],
     visible: jax.Array,
     hidden: jax.Array,
     normalize_target: bool,
@@ -67,11 +68,13 @@ def reconstruct(
     """Reconstructs uint8 clips [B, T, H, W, 3] from their visible tubelets.
 
     Args:
+        names: of the clips, in errors.
         normalize_target: what the model was trained to predict.
         statistics: where mean and contrast of hidden tubelets come from, see `evaluation.reconstruction`.
 
     Raises:
         ValueError: a statistics mode that does not fit the target, or a video that does not fit the model.
+        OutputError: a prediction that is not finite.
     """
     graphdef, params = nnx.split(model)
     parts = []
@@ -80,6 +83,7 @@ def reconstruct(
         clips = (jnp.asarray(video[rows]), visible[rows], hidden[rows])
         parts.append(jax.device_get(_reconstruct(graphdef, params, *clips, normalize_target, statistics)))
     masked, filled, errors = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+    classification.check_finite(filled, names, "reconstruction")
     masked, filled = (np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8) for x in (masked, filled))
     return Panels(np.asarray(video), masked, filled, statistics, errors)
 
@@ -239,7 +243,7 @@ def run(
     statistics = statistics or ("true" if normalized else "raw")
     try:
         indices = masking.indices(keys, recipe["mask"], model.config.grid, recipe["mask_ratio"])
-        panels = reconstruct(model, clip[None], *indices, normalized, statistics)
+        panels = reconstruct(model, clip[None], [video], *indices, normalized, statistics)
     except ValueError as error:
         raise UserError(str(error)) from None
     write(panels, [pathlib.Path(video).name], path, fps=min(max(fps, 2.0), 30.0))

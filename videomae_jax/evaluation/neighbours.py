@@ -16,7 +16,20 @@ def votes(
 
     The nearest by cosine vote, each with weight exp(cosine / temperature):
     the weighted k-NN of instance discrimination (arXiv 1805.01978), in blocks: memory does not grow with B.
+    Known features that are not finite have no vote; the votes on asked ones are NaN.
+
+    Args:
+        temperature: positive.
+
+    Raises:
+        ValueError: no known features are finite.
     """
+    usable = np.isfinite(known).all(axis=1)
+    if not usable.any():
+        raise ValueError(f"none of the features of {len(known)} known videos are finite")
+    known, labels = known[usable], labels[usable]
+    is_lost = ~np.isfinite(asked).all(axis=1)
+    asked = np.where(is_lost[:, None], 0.0, asked).astype(asked.dtype)
     known, asked = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (known, asked))
     count = min(neighbours, len(known))
     scores = np.zeros((len(asked), classes))
@@ -27,4 +40,5 @@ def votes(
         weights = np.exp((near - near.max(axis=1, keepdims=True)) / temperature)
         rows = np.arange(start, start + len(cosines))[:, None]
         np.add.at(scores, (rows, labels[nearest]), weights)
+    scores[is_lost] = np.nan
     return scores / scores.sum(axis=1, keepdims=True)

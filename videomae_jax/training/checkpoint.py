@@ -3,6 +3,7 @@
 Beside them the best weights so far, an export.
 """
 
+import math
 import pathlib
 import shutil
 from typing import Any
@@ -124,9 +125,15 @@ class Best:
         self.found = found
 
     def look(self, step: int, validated: dict[str, float], params: Any, meta: dict[str, Any]) -> None:
-        """Keeps `params` if validation after `step` is better than ever; the first of equals stays."""
+        """Keeps `params` if validation after `step` is better than ever; the first of equals stays.
+
+        Weights with an output that is not finite are never kept.
+        """
         value = validated[f"validation_{self.metric}"]
-        if self.found and not value > self.found[self.metric]:
+        if (
+            validated["validation_not_finite"]
+            or not value > (self.found or {self.metric: -math.inf})[self.metric]
+        ):
             return
         self.found = {"step": step, self.metric: value}
         partial = self.folder.with_name("best.partial")

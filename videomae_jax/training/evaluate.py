@@ -27,6 +27,7 @@ def run(config: Config, workdir: pathlib.Path, checkpoint: str) -> dict[str, Any
     Raises:
         UserError: no classifier, videos that cannot be decoded (unless allowed), or settings that do not fit.
         SourceError: videos of a class that the classifier does not know.
+        OutputError: outputs that are not finite, naming the first video.
     """
     config = settings.resolve(config)
     if config.task != "finetune":
@@ -67,7 +68,7 @@ def run(config: Config, workdir: pathlib.Path, checkpoint: str) -> dict[str, Any
             f"{outputs.num_failed} of {len(source)} videos cannot be decoded, the first is {first}: mend or "
             f"remove them, or report the others with --config.evaluate.allow_failed=true"
         )
-    result = summarize(outputs, source, views, made.head) | {
+    result = summarize(outputs, source, views, made.head, path) | {
         "checkpoint": str(path),
         "split": config.evaluate.split,
     }

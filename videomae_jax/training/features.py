@@ -17,6 +17,7 @@ from videomae_jax import sharding
 from videomae_jax.config import Config
 from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
+from videomae_jax.evaluation import classification
 from videomae_jax.models.heads import VideoClassifier
 from videomae_jax.models.mae import VideoMAE
 from videomae_jax.training import report, testing
@@ -83,6 +84,9 @@ def extract(
 
     `values.npy` is filled batch by batch, `done.json` tells how many; another model, source or kind of view
     begins anew.
+
+    Raises:
+        OutputError: features that are not finite, naming the first video.
     """
     folder.mkdir(parents=True, exist_ok=True)
     evaluator = testing.Evaluator(frozen.features, source, views, config, mesh)
@@ -100,6 +104,8 @@ def extract(
             if values is None:
                 shape = (len(source), *outputs.values.shape[1:])
                 values = np.lib.format.open_memmap(folder / "values.npy", "w+", np.float16, shape)
+            ids = [source.ids[record] for record in outputs.records]
+            classification.check_finite(outputs.values, ids, frozen.path)
             values[outputs.records] = outputs.values
             done["batches"] += 1
             done["records"] += outputs.records.tolist()

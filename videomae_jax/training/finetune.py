@@ -152,7 +152,14 @@ class Finetune:
             if not len(outputs.records):
                 raise UserError(f"none of the {len(validation)} validation videos can be decoded")
             scores = outputs.scores(validation, self.model.head)
-            found = {f"validation_{name}": x for name, x in scores.metrics(self.model.head).items()}
+            lost = [validation.ids[record] for record in scores.not_finite]
+            if lost:
+                report.say(
+                    f"warning: the scores of {len(lost)} of {len(scores.records)} validation videos are not "
+                    f"finite, the first is {lost[0]}: they count as wrong; such weights are never the best"
+                )
+            figures = scores.metrics(self.model.head) | {"not_finite": float(len(lost))}
+            found = {f"validation_{name}": x for name, x in figures.items()}
             is_luck = self.model.head == "softmax" and classification.is_at_chance(
                 found["validation_top1"], scores.labels
             )
@@ -165,20 +172,30 @@ class Finetune:
     ) -> dict[str, Any]:
         """The multi-view test of the best weights and of the last, as the paper tests them.
 
-        Writes evaluation.json, predictions.csv and confusion.png of the best ones.
+        Writes evaluation.json, predictions.csv and confusion.png of the best ones, which are tested first.
+
+        Raises:
+            UserError: there are no best weights.
+            OutputError: weights whose outputs are not finite.
         """
         if self.by_heart:
             return {"learnt_by_heart": self._check_by_heart(state, splits, config, mesh)}
         views = self.test_views(config.evaluate.segments, config.evaluate.crops)
         evaluator = testing.Evaluator(self.outputs, splits.test, views, config, mesh)
+        if not (workdir / "best").exists():
+            raise UserError(
+                f"no weights of this run can be tested: its validation was never finite, so there is no "
+                f"{workdir / 'best'}: lower optim.lr or set optim.clip_norm, in another --workdir"
+            )
         best: Any = nnx.to_pure_dict(nnx.state(export.load(workdir / "best"), nnx.Param))
         best = sharding.replicate(jax.device_get(best), mesh)
         result = {}
-        for name, params in {"last": state.params, "last_average": state.ema, "best": best}.items():
+        for name, params in {"best": best, "last": state.params, "last_average": state.ema}.items():
             if params is not None:
                 outputs = evaluator.run(params)
-                result[name] = summarize(outputs, splits.test, views, self.model.head)
-                report.say(f"test of the {name.replace('_', ' ')} weights: {predictions.line(result[name])}")
+                whose = f"{name.replace('_', ' ')} weights"
+                result[name] = summarize(outputs, splits.test, views, self.model.head, whose)
+                report.say(f"test of the {whose}: {predictions.line(result[name])}")
                 if name == "best" and hosts.is_writer():
                     scores = outputs.scores(splits.test, self.model.head)
                     predictions.write(workdir, result[name], scores, splits.test)
@@ -188,26 +205,33 @@ class Finetune:
         self, state: TrainState, splits: Splits, config: Config, mesh: Mesh
     ) -> dict[str, float]:
         found = self.validator(splits.train, splits.train, config, mesh)(state.params)
-        if found.get("validation_top1", 1.0) < 1:
+        metric = KEY_METRIC[self.model.head]
+        value, wanted = found[f"validation_{metric}"], 0.95 if metric == "r2" else 1.0
+        if not value >= wanted:  # NaN too
             raise UserError(
-                f"debug.overfit={config.debug.overfit}: only {found['validation_top1']:.1%} of the training "
-                f"clips are learnt by heart: raise optim.lr, or look for labels that cannot be told apart"
+                f"debug.overfit={config.debug.overfit}: the training clips are not learnt by heart ({metric} "
+                f"{value:.3f}, not {wanted}): raise optim.lr, or look for labels that cannot be told apart"
             )
         return found
 
 
 def summarize(
-    outputs: testing.Outputs, source: sources.Source, views: pipeline.TestViews, head: str
+    outputs: testing.Outputs, source: sources.Source, views: pipeline.TestViews, head: str, whose: str
 ) -> dict[str, Any]:
     """The content of evaluation.json.
 
+    Args:
+        whose: what the outputs come from, in errors.
+
     Raises:
         UserError: no video could be decoded, or none of them has a label.
+        OutputError: outputs that are not finite.
     """
     if not len(outputs.records):
         raise UserError(f"none of the {len(source)} videos in {source.root} can be decoded")
     if head == "softmax" and max(source.labels) < 0:
         raise UserError(f"no video in {source.root} has a label: list them with their labels")
+    classification.check_finite(outputs.values, [source.ids[record] for record in outputs.records], whose)
     if outputs.short and views.segments > 1:
         report.say(
             f"{len(outputs.short)} videos are shorter than a clip of {views.frames} frames at stride "

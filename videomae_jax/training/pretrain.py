@@ -18,7 +18,7 @@ from videomae_jax import hosts, sharding
 from videomae_jax.apps import reconstruct
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import pipeline, sources
-from videomae_jax.evaluation import neighbours
+from videomae_jax.evaluation import classification, neighbours
 from videomae_jax.interop import export
 from videomae_jax.models import masking, vit
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
@@ -144,8 +144,15 @@ class Pretrain:
                 for outputs in [side.run(params)]
             )
             settings = (config.evaluate.neighbours, config.evaluate.temperature)
+            lost = sum(int((~np.isfinite(values).all(axis=1)).sum()) for values, _ in (known, asked))
+            if lost:
+                report.say(
+                    f"warning: the features of {lost} videos are not finite: k-NN counts them as wrong"
+                )
+            if not np.isfinite(known[0]).all(axis=1).any():
+                return {"knn_top1": 0.0}
             scores = neighbours.votes(*known, asked[0], len(train.classes), *settings)
-            return {"knn_top1": float((scores.argmax(axis=1) == asked[1]).mean())}
+            return {"knn_top1": float((classification.label_ranks(scores, asked[1]) == 0).mean())}
 
         return validate
 
@@ -171,7 +178,7 @@ class Pretrain:
         batch = {"index": jnp.arange(len(ids), dtype=jnp.uint32)}
         visible, hidden = self.masks(batch, jax.random.key(config.seed))
         panels = reconstruct.reconstruct(
-            model, clips, visible, hidden, self.normalize_target, config.log.statistics
+            model, clips, ids, visible, hidden, self.normalize_target, config.log.statistics
         )
         drawn = spread(len(ids), config.log.pictures)
         for suffix in (".gif", ".png"):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from videomae_jax.apps import predictions
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import pipeline
-from videomae_jax.evaluation import neighbours
+from videomae_jax.evaluation import classification, neighbours
 from videomae_jax.evaluation.classification import Scores, merge_views
 from videomae_jax.interop import weights
 from videomae_jax.models import heads
@@ -35,6 +35,7 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
     Raises:
         UserError: settings that do not fit, or no usable weights.
         ExportError: `init_from` holds no model.
+        OutputError: features or outputs that are not finite.
     """
     kind = config.probe.kind
     if kind not in KINDS:
@@ -65,6 +66,8 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
     (train, labels), (test, truth) = sides["train"], sides["test"]
     probe = {"knn": _knn, "linear": _linear, "attentive": _attentive}[kind]
     values = probe(config, train.values, labels, test.values, len(videos.train.classes))
+    ids = [videos.test.ids[record] for record in test.records]
+    classification.check_finite(values, ids, f"the {kind} probe")
     empty = np.zeros((len(truth), 0))
     scores = Scores(test.records, merge_views(values, "softmax"), truth, empty)
     result = {
