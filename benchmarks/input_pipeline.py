@@ -32,6 +32,7 @@ from videomae_jax.data import (
     prepare,
     prepared,
     processes,
+    rgb,
     sampling,
     sources,
     transcode,
@@ -111,7 +112,7 @@ def stages(source: sources.Source) -> dict[str, Callable[[], Any]]:
     rng = np.random.default_rng(0)
     turn = itertools.cycle(range(len(source)))
 
-    def boxes(height: int, width: int) -> decode.Box:
+    def boxes(height: int, width: int) -> rgb.Box:
         return augment.multi_scale_box(height, width, CLIP.size, rng)
 
     def read() -> Any:

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from videomae_jax.data import prepared, sources
+from videomae_jax.data import lists, prepared, sources
 
 
 def touch(folder, *names):
@@ -65,12 +65,17 @@ def test_split_folders(tmp_path):
         ("a.mp4,10\nb b.mp4,\n", None, (10, -1), tuple(str(i) for i in range(11))),
         ("b b.mp4\na.mp4\n", ("b b.mp4", "a.mp4"), (-1, -1), ""),
         ('"a.mp4","1"\n"b b.mp4","0"\n', None, (1, 0), "01"),
+        # VideoMAE V2: finetuning on frames, and pretraining on videos and frames.
+        ("a.mp4 40 1\nc.mp4 30 0\n", ("a.mp4", "c.mp4"), (1, 0), "01"),
+        ("a.mp4 0 -1\nc.mp4 0 -1\n", ("a.mp4", "c.mp4"), (-1, -1), ""),
+        ("a.mp4 1 117 3\nc.mp4 1 30 4\n", ("a.mp4", "c.mp4"), (-1, -1), ""),
+        ("a 1\nc 0\n", ("a.mp4", "c.mp4"), (1, 0), "01"),  # names without suffix
     ],
 )
 def test_lists(tmp_path, text, ids, labels, classes):
     touch(tmp_path, "a.mp4", "b b.mp4", "c.mp4")
     (tmp_path / "list.csv").write_text(text, encoding="utf-8")
-    source = sources.from_csv(tmp_path / "list.csv")
+    source = lists.from_csv(tmp_path / "list.csv")
     assert source.ids == (ids or ("a.mp4", "b b.mp4"))
     assert source.labels == labels
     assert source.classes == tuple(classes)
@@ -79,7 +84,7 @@ def test_lists(tmp_path, text, ids, labels, classes):
 def test_absolute_paths_in_a_list(tmp_path):
     touch(tmp_path / "videos", "a.mp4")
     (tmp_path / "list.csv").write_text(f"{tmp_path / 'videos' / 'a.mp4'} 0\n")
-    assert sources.from_csv(tmp_path / "list.csv")[0]["video"] == str(tmp_path / "videos" / "a.mp4")
+    assert lists.from_csv(tmp_path / "list.csv")[0]["video"] == str(tmp_path / "videos" / "a.mp4")
 
 
 @pytest.mark.parametrize(
@@ -92,14 +97,110 @@ def test_absolute_paths_in_a_list(tmp_path):
         ("a.mp4,1\nmissing.mp4,0\ngone.mp4,1\n", r"line 2: no file .*missing.mp4 \(2 of 3 are absent\)"),
         ("a.mp4,1\na.mp4,0\n", "line 2: a.mp4 is already on line 1"),
         ("path,label\na.mp4\n", r"line 2: 1 columns"),
+        (
+            "path,class\na.mp4,run\n",
+            "line 1: the header has a column `class`: call the one of the labels `label`",
+        ),
+        ('a.mp4,1\n"b b.mp4,0\n', "line 2: a quote is not closed"),
+        ('"a.mp4,1\nb b.mp4",0\n', "line 1: a quote is not closed on its line"),
+        ("a.mp4,0.5\nb b.mp4,1\n", r"line 1: the label '0.5' beside numbers.*head.kind=regression"),
+        ("a.mp4,1\nb b.mp4,jump\n", "line 2: the label 'jump' beside numbers"),
+        ("a.mp4,-2\nb b.mp4,1\n", "line 1: the label '-2' beside numbers"),
+        ("a.mp4,nan\nb b.mp4,\n", "line 1: the label 'nan' beside numbers"),
+        ("a.mp4,run\nb b.mp4,jump;run\n", "line 2: 'jump;run' is several classes: set head.kind=multilabel"),
+        ("two 1\n", "line 1: two is .mkv and .mp4: add the suffix"),
     ],
 )
 def test_lists_that_are_refused(tmp_path, text, problem):
-    touch(tmp_path, "a.mp4", "b b.mp4")
+    touch(tmp_path, "a.mp4", "b b.mp4", "two.mkv", "two.mp4")
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(sources.SourceError, match=problem) as error:
         prepared.open_source(str(tmp_path / "list.csv"), "train")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("head", "text", "problem"),
+    [
+        ("regression", "a.mp4,1\nb b.mp4,\n", "line 2: no number to predict"),
+        ("regression", "a.mp4,1\nb b.mp4,nan\n", "line 2: nan is not finite"),
+        ("regression", "a.mp4,1;inf\nb b.mp4,1;2\n", "line 1: 1;inf is not finite"),
+        ("regression", "a.mp4\nb b.mp4\n", "line 1: no number to predict"),
+        ("regression", "path,frames\na.mp4,3\n", "line 2: no number to predict"),
+        ("regression", "a.mp4,1\nb b.mp4,1;2\n", "line 2: 2 numbers where 1 were before"),
+        ("regression", "a.mp4,1;\nb b.mp4,1;2\n", "line 1: 1; is no number to predict"),
+        ("multilabel", "a.mp4,run\nb b.mp4,\n", "line 2: no classes: name them, or write `;` for none"),
+        ("multilabel", "a.mp4\nb b.mp4\n", "line 1: no classes"),
+        ("multilabel", "a.mp4,run\nb b.mp4,-1\n", "line 2: no classes"),
+    ],
+)
+def test_a_missing_target_is_named_by_list_and_line(tmp_path, head, text, problem):
+    touch(tmp_path, "a.mp4", "b b.mp4")
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(sources.SourceError, match=rf"list\.csv, {problem}"):
+        lists.from_csv(tmp_path / "list.csv", head)
+
+
+def test_targets(tmp_path):
+    touch(tmp_path, "a.mp4", "b b.mp4")
+    (tmp_path / "list.csv").write_text("a.mp4,run;jump\nb b.mp4,;\n")
+    source = lists.from_csv(tmp_path / "list.csv", "multilabel")
+    assert (source.classes, source.targets) == (("jump", "run"), ((1.0, 1.0), (0.0, 0.0)))
+    (tmp_path / "list.csv").write_text("a.mp4,1e-3;-2\nb b.mp4,0;3\n")
+    source = lists.from_csv(tmp_path / "list.csv", "regression")
+    assert source.targets == ((0.001, -2.0), (0.0, 3.0))
+    with pytest.raises(sources.SourceError, match="has 2 numbers for each video, the training videos 3"):
+        sources.relabel(source, ("value 0", "value 1", "value 2"))
+
+
+def test_a_list_elsewhere_and_with_dead_entries(tmp_path):
+    touch(tmp_path / "data", "a.mp4", "b.mp4")
+    (tmp_path / "list.csv").write_text("a.mp4,1\ngone.mp4,0\nb.mp4,0\n")
+    with pytest.raises(sources.SourceError, match=r"line 1: no file .*3 of 3 are absent.*data\.root"):
+        lists.from_csv(tmp_path / "list.csv")
+    with pytest.raises(sources.SourceError, match=r"line 2: no file .*data\.allow_missing=true"):
+        lists.from_csv(tmp_path / "list.csv", root=str(tmp_path / "data"))
+    source = prepared.open_source(
+        str(tmp_path / "list.csv"), "train", root=str(tmp_path / "data"), allow_missing=True
+    )
+    assert (source.ids, source.labels, source.absent) == (("a.mp4", "b.mp4"), (1, 0), ("gone.mp4",))
+    assert source[1]["video"] == str(tmp_path / "data" / "b.mp4")
+    (note,) = source.notes
+    assert "1 of 3 are absent): left out as allowed: gone.mp4" in note
+    with pytest.raises(sources.SourceError, match=r"is no list: data\.root and"):
+        prepared.open_source(str(tmp_path / "data"), "train", allow_missing=True)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation"),
+    [("train", "valid"), ("train", "validate"), ("Train", "Val"), ("videos_train", "videos_val")],
+)
+def test_names_of_parts(tmp_path, train, validation):
+    touch(tmp_path, f"{train}/a/1.mp4", f"{validation}/a/2.mp4")
+    for split, name in (("train", "1.mp4"), ("validation", "2.mp4")):
+        assert prepared.has_split(str(tmp_path), split)
+        assert prepared.open_source(str(tmp_path), split).ids == (f"a/{name}",)
+    assert not prepared.has_split(str(tmp_path), "test")
+    touch(tmp_path, "validation_set/b/3.mp4")
+    with pytest.raises(sources.SourceError, match="both called after the validation part"):
+        prepared.open_source(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("names", [("valid/1.mp4", "jump/2.mp4"), ("train/run/1.mp4",), ("Test/1.mp4",)])
+def test_classes_that_look_like_parts_are_refused(tmp_path, names):
+    touch(tmp_path, *names)
+    with pytest.raises(sources.SourceError, match="would be a class, and is called like a part"):
+        prepared.open_source(str(tmp_path), "train")
+
+
+def test_what_a_folder_leaves_out_is_counted(tmp_path):
+    touch(tmp_path, "run/1.mp4", "jump/2.mp4", "run/a.txt", "b.txt", "c.braw", "README", ".hidden")
+    (note,) = sources.from_folder(tmp_path).notes
+    assert "4 files are no videos by their suffix (2 .txt, 1 .braw, 1 without suffix): left out" in note
+    touch(tmp_path, "stray.mp4")
+    source = sources.from_folder(tmp_path)
+    assert source.labels == (-1, -1, -1)
+    assert "stray.mp4 beside 2 folders, so the folders are no classes" in source.notes[1]
 
 
 def test_folders_that_are_refused(tmp_path):
@@ -108,10 +209,13 @@ def test_folders_that_are_refused(tmp_path):
     touch(tmp_path, "readme.txt")
     with pytest.raises(
         sources.SourceError,
-        match=r"holds no video: expected folders of frames, or files ending in \.3gp \.avi",
+        match=r"holds no video: expected folders of frames, or files ending in \.3g2 \.3gp",
     ):
         prepared.open_source(str(tmp_path), "train")
-    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x00\x80")
+    (tmp_path / "binary.csv").write_bytes("a.mp4,1".encode("utf-16"))
+    with pytest.raises(sources.SourceError, match="cannot be read as a text list: it is UTF-16, save it as"):
+        prepared.open_source(str(tmp_path / "binary.csv"), "train")
+    (tmp_path / "binary.csv").write_bytes(b"\xf0\xfe\x00\x00\x80")
     with pytest.raises(sources.SourceError, match="cannot be read as a text list"):
         prepared.open_source(str(tmp_path / "binary.csv"), "train")
 

@@ -160,7 +160,7 @@ def _prepare(values: Any, arguments: list[str], _started: float) -> None:
     from videomae_jax.apps import prepare
 
     names = ("dataset", "videos", "codec", "short_side", "shard_videos", "processes", "part")
-    names += ("finish", "check", "allow_missing", "beam_options")
+    names += ("head", "finish", "check", "allow_missing", "max_failed", "retry_failed", "beam_options")
     source, folder = arguments
     prepare.run(source, folder, prepare.Options(**{name: getattr(values, name) for name in names}))
 
@@ -173,10 +173,14 @@ def _prepare_flags(values: flags.FlagValues) -> None:
     number("short_side", 256, "Larger frames are shrunk to it, pixels.", flag_values=values)
     number("shard_videos", 256, "Videos per shard.", flag_values=values)
     number("processes", 0, "Encoders; default: the usable cores.", flag_values=values)
+    text("head", "softmax", "What labels of a list are: softmax, multilabel, regression.", flag_values=values)
     text("part", "", "I/N: only every N-th shard from the I-th (from 0) on.", flag_values=values)
     switch("finish", False, "After all parts: write the manifest.", flag_values=values)
     switch("check", False, "Read DST (SRC is its source) again; write nothing.", flag_values=values)
     switch("allow_missing", False, "Go on without videos that are absent.", flag_values=values)
+    help_text = "Share of the videos that may be left out; above it the work does not end."
+    flags.DEFINE_float("max_failed", 0.1, help_text, flag_values=values)
+    switch("retry_failed", False, "Try again what could not be decoded.", flag_values=values)
     text("beam_options", "", "Run as an Apache Beam pipeline with these options.", flag_values=values)
 
 

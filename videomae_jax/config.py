@@ -63,6 +63,8 @@ def defaults() -> Config:
 
     c.data = ml_collections.ConfigDict()
     c.data.path = ""  # folder of videos, CSV list, prepared data, or moving_shapes
+    c.data.root = ""  # folder where relative paths of a list start; "": the list's
+    c.data.allow_missing = False  # leave out videos that a list names and that are not there
     c.data.frames = 16  # per clip
     c.data.stride = 4  # frames of the file from one frame of the clip to the next; 0: one of each equal part
     c.data.size = (224, 224)  # clip height and width, pixels
@@ -152,7 +154,7 @@ _FREE_KEYS = re.compile(
     r"(log|checkpoint|mesh)\..*"
     r"|init_from|evaluate\.(split|batch_videos|allow_failed)"
     r"|model\.(unroll|remat|attention)"
-    r"|data\.(path|workers|threads|max_bad_fraction)"  # the videos themselves are compared by fingerprint
+    r"|data\.(path|root|allow_missing|workers|threads|max_bad_fraction)"  # a fingerprint compares the videos
     r"|optim\.max_skipped"
 )
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -177,8 +178,10 @@ def _embed_video(
     if waiting:
         found.append(embed(np.stack(waiting)))
     last = [min(start + (frames - 1) * stride, video.num_frames - 1) for start in starts]
-    first_time = video.time_of(0)
-    seconds = [[float(video.time_of(i) - first_time) for i in places] for places in (starts, last)]
+    first_time = video.time_of(0) or 0
+    # NaN where the file does not tell: folders of frames.
+    times = [[video.time_of(i) for i in places] for places in (starts, last)]
+    seconds = [[math.nan if t is None else float(t - first_time) for t in row] for row in times]
     return {"start": np.array(seconds[0]), "end": np.array(seconds[1]), "features": np.concatenate(found)}
 
 

@@ -9,9 +9,9 @@ from etils import epath
 
 from videomae_jax.config import UserError
 from videomae_jax.data import prepare, prepared, transcode
-from videomae_jax.data.builders import BUILDERS
+from videomae_jax.data.builders import BUILDERS, video_folder
 from videomae_jax.data.processes import usable_cores
-from videomae_jax.data.sources import is_remote
+from videomae_jax.data.sources import HEADS, is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +24,13 @@ class Options:
     short_side: int = 256
     shard_videos: int = 256
     processes: int = 0
+    head: str = "softmax"
     part: str = ""
     finish: bool = False
     check: bool = False
     allow_missing: bool = False
+    max_failed: float = 0.1
+    retry_failed: bool = False
     beam_options: str = ""
 
 
@@ -42,23 +45,26 @@ def run(source: str, folder: str, options: Options) -> None:
     if options.check:
         _check(folder)
         return
+    if not 0 <= options.max_failed <= 1:
+        raise UserError(f"--max_failed={options.max_failed} must be a share, from 0 to 1")
     job = _job(source, folder, options)
     part = _part(options.part)
     processes = options.processes or usable_cores()
+    how = {"max_failed": options.max_failed, "retry_failed": options.retry_failed}
     if options.finish:
         prepare.claim(job)
-        manifest = prepare.finished(job) or prepare.finish(job)
+        manifest = prepare.finished(job, options.retry_failed) or prepare.finish(job, options.max_failed)
     elif options.beam_options:
         from videomae_jax.data import prepare_beam  # Beam has an environment of its own
 
-        manifest = prepare_beam.run(job, shlex.split(options.beam_options))
+        manifest = prepare_beam.run(job, shlex.split(options.beam_options), **how)
     else:
         videos = sum(map(len, job.collection.splits.values()))
         print(
             f"{videos} videos, {job.form.codec}, short side {job.form.short_side}, {processes} processes",
             flush=True,
         )
-        manifest = prepare.run(job, processes, part)
+        manifest = prepare.run(job, processes, part, **how)
     if manifest is None:
         print(f"part {options.part} of {folder} is written; --finish ends the work when all parts are")
         return
@@ -72,8 +78,8 @@ def run(source: str, folder: str, options: Options) -> None:
 
 
 def _job(source: str, folder: str, options: Options) -> prepare.Job:
-    if options.dataset not in BUILDERS:
-        raise UserError(f"--dataset={options.dataset} is unknown: use {', '.join(BUILDERS)}")
+    if options.dataset not in (known := ("video_folder", *BUILDERS)):
+        raise UserError(f"--dataset={options.dataset} is unknown: use {', '.join(known)}")
     if options.codec not in transcode.CODECS:
         raise UserError(f"--codec={options.codec} is unknown: use {', '.join(transcode.CODECS)}")
     for name in ("short_side", "shard_videos"):
@@ -84,7 +90,17 @@ def _job(source: str, folder: str, options: Options) -> prepare.Job:
     where = epath.Path(source)
     if not where.exists():
         raise UserError(f"{source} does not exist: pass a folder of videos, a list, or annotation files")
-    collection = BUILDERS[options.dataset](where, epath.Path(options.videos or source))
+    if options.head not in HEADS:
+        raise UserError(f"--head={options.head} is unknown: use {', '.join(HEADS)}")
+    videos = epath.Path(options.videos or source)
+    if options.dataset == "video_folder":
+        collection = video_folder(where, videos, options.head, options.allow_missing)
+    elif options.head != "softmax":
+        raise UserError(
+            f"--head={options.head} is for lists of one's own, not for --dataset={options.dataset}"
+        )
+    else:
+        collection = BUILDERS[options.dataset](where, videos)
     form = transcode.Form(options.codec, options.short_side)
     path = str(pathlib.Path(folder).absolute())
     return prepare.Job(collection.checked(options.allow_missing), path, form, options.shard_videos)

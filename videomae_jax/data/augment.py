@@ -5,7 +5,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from videomae_jax.data import decode
+from videomae_jax.data import rgb
 
 _SCALES = (1.0, 0.875, 0.75, 0.66)
 # Corners and centre, edge middles, quarter points: multiples of a quarter of the free width and height.
@@ -16,7 +16,7 @@ _OFFSETS = (
 )
 
 
-def multi_scale_box(height: int, width: int, size: tuple[int, int], rng: np.random.Generator) -> decode.Box:
+def multi_scale_box(height: int, width: int, size: tuple[int, int], rng: np.random.Generator) -> rgb.Box:
     """The published pretraining crop as (top, left, crop height, crop width), in pixels.
 
     Sides are 1, 0.875, 0.75 or 0.66 of the short side, neighbours in that list at most; a side within 3
@@ -50,9 +50,9 @@ def resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return out
 
 
-def resized_crop(frames: np.ndarray, box: decode.Box, size: tuple[int, int]) -> np.ndarray:
+def resized_crop(frames: np.ndarray, box: rgb.Box, size: tuple[int, int]) -> np.ndarray:
     """Crops uint8 [T, H, W, 3] to `box` and resizes to `size`; what lies outside the frame is black."""
-    return resize(np.stack([decode.crop(frame, box) for frame in frames]), size)
+    return resize(np.stack([rgb.crop(frame, box) for frame in frames]), size)
 
 
 def centre_crop(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -66,7 +66,7 @@ def centre_crop(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def random_resized_box(
     height: int, width: int, rng: np.random.Generator, area: tuple[float, float] = (0.08, 1.0)
-) -> decode.Box:
+) -> rgb.Box:
     """The published finetuning crop: a share of the area and an aspect ratio of 3/4 to 4/3, then a place.
 
     After ten tries that do not fit, the central crop with the nearest ratio.

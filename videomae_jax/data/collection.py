@@ -22,6 +22,7 @@ class Entry:
         label: class, -1 where unknown.
         seconds: (start, end) of the part that is stored; None: all of it.
         extra: values of the collection's extra features, as JSON has them.
+        target: of "multilabel" and "regression", what is predicted in place of a class.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Entry:
     label: int = -1
     seconds: tuple[float, float] | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    target: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +40,10 @@ class Collection:
     Attributes:
         name: of the data set, as TFDS knows it.
         splits: split -> its videos.
-        classes: names in label order; empty without labels.
+        classes: names in label order; empty without labels. They name the targets of the other heads.
         extra: name -> (shape, dtype name) of features beside the usual ones; None: any length.
         absent: split -> ids that an annotation file names and no file was found for.
+        head: "softmax", "multilabel" or "regression": see `lists.from_csv`.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Collection:
     classes: tuple[str, ...] = ()
     extra: Mapping[str, tuple[tuple[int | None, ...], str]] = dataclasses.field(default_factory=dict)
     absent: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    head: str = "softmax"
 
     def fingerprint(self) -> str:
         """Hash of names, labels, order and extra values; not of the files' bytes or places."""
@@ -55,7 +59,7 @@ class Collection:
         for split, entries in self.splits.items():
             total.update(f"\n{split}\n".encode())
             for entry in entries:
-                line = [entry.id, entry.label, entry.seconds, dict(entry.extra)]
+                line = [entry.id, entry.label, entry.seconds, dict(entry.extra), *entry.target]
                 total.update(json.dumps(line).encode())
         return total.hexdigest()[:16]
 

@@ -1,7 +1,8 @@
 """Video files to exact RGB frames by index or time, or a `DecodeError`; nothing is guessed or replaced.
 
 Frame k is the k-th frame that a plain full decode shows. Where the container stores presentation times,
-decoding starts at the last key frame before each wanted frame; elsewhere it starts at the beginning.
+decoding starts at the last key frame before each wanted frame; elsewhere it starts at the beginning. So it
+does where what a container says turns out wrong: times that are those of decoding, key frames that are none.
 """
 
 import bisect
@@ -14,29 +15,37 @@ import io
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import stat
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import av
-import av.filter
 import numpy as np
 from av.error import FFmpegError
-from av.video.reformatter import VideoReformatter
+from av.stream import Disposition
+
+from videomae_jax.data.rgb import ChooseBox, ToRgb
 
 # Containers whose packets carry the times at which frames are shown. Others (AVI, MPEG program streams)
 # have libav guess them, wrongly for packed B-frames, so their frames are counted by decoding.
 _TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+
+# Demuxers of files that are one video each. Others open what a file names (concat, playlists), or guess.
+_CONTAINERS = (
+    *("mov", "matroska", "avi", "flv", "mpeg", "mpegvideo", "mpegts", "ogg", "asf", "gif", "mxf", "dv", "rm"),
+    *("nut", "ivf", "yuv4mpegpipe", "apng", "wtv", "gxf", "amv", "h264", "hevc", "m4v", "mjpeg"),
+)
+
+NO_RATE = "videomae_jax: no frame rate"
+"""Comment in a prepared video whose source has no times: those of its container mean nothing."""
 
 
 class DecodeError(Exception):
     """A video, or a wanted frame of it, cannot be decoded; the text names the file and the reason."""
 
 
-Box = tuple[int, int, int, int]
-"""(top, left, height, width) in pixels; may pass the frame's edges, what lies outside is black."""
-
-ChooseBox = Callable[[int, int], Box]
-"""(frame height, frame width) -> the box that is wanted of every frame; called once per read."""
+class ReadError(DecodeError):
+    """A file cannot be read, or not at present: it says nothing of the video."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +77,7 @@ class Video:
         self._source, self._threads = source, threads
         self._open()
         try:
+            self._rate = self._read_rate()
             self._index()
         except BaseException:
             self._container.close()
@@ -75,16 +85,14 @@ class Video:
 
     def _open(self) -> None:
         """Opens the file at its first packet, with an empty decoder."""
-        # An absolute path: libav would take the part before a colon for a protocol.
-        file = io.BytesIO(self._source) if isinstance(self._source, bytes) else os.path.abspath(self._source)
+        options = {"format_whitelist": ",".join(_CONTAINERS), "protocol_whitelist": "file"}
         try:
-            self._container: Any = av.open(file)  # PyAV's types know neither demux nor seek of it
+            # PyAV's types know neither demux nor seek of it. Tags need not be UTF-8.
+            self._container: Any = av.open(self._file(), metadata_errors="replace", container_options=options)
         except (FFmpegError, OSError, ValueError) as error:  # ValueError: odd paths
             raise self._error("cannot be opened", error) from None
         try:
-            if not self._container.streams.video:
-                raise self._error("has no video stream")
-            self._stream = self._container.streams.video[0]
+            self._stream = self._best_stream()
             if self._stream.codec_context is None:
                 raise self._error("is stored in a codec that this build of PyAV cannot decode")
             self._stream.codec_context.thread_count = self._threads
@@ -92,14 +100,50 @@ class Video:
             self._container.close()
             raise
 
+    def _file(self) -> str | io.BytesIO:
+        """What libav opens.
+
+        Raises:
+            DecodeError: no regular file; a pipe would be waited for.
+        """
+        if isinstance(self._source, bytes):
+            return io.BytesIO(self._source)
+        # An absolute path: libav would take the part before a colon for a protocol.
+        path = os.path.abspath(self._source)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise self._error("is no regular file")
+        return path
+
+    def _best_stream(self) -> Any:
+        """The stream that `ffmpeg -i FILE` decodes: the largest, one marked as default before all others.
+
+        Raises:
+            DecodeError: there is none but pictures, such as the cover of a song.
+        """
+        pictures = Disposition.attached_pic | Disposition.timed_thumbnails
+        videos = [stream for stream in self._container.streams.video if not stream.disposition & pictures]
+        if not videos:
+            raise self._error("has no video stream")
+
+        def score(stream: Any) -> int:
+            context = stream.codec_context
+            area = context.width * context.height if context else 0
+            return area + 5_000_000 * bool(stream.disposition & Disposition.default)
+
+        return max(videos, key=score)
+
     def _index(self) -> None:
         marks = self._container_index() or [_mark(packet) for packet in self._demux()]
         # Packets marked as discarded by an edit list are decoded, never shown.
         self._times = sorted(m.pts for m in marks if m.pts is not None and not m.is_discard)
         self._keys = [mark for mark in marks if mark.is_key and mark.pts is not None]
         self._key_times: list[int] = [mark.pts for mark in self._keys if mark.pts is not None]
+        # Rising with decoding although the codec reorders: remuxed from a form without times.
+        shown = [mark.pts for mark in marks if mark.pts is not None]
+        are_of_decoding = bool(self._stream.codec_context.has_b_frames) and shown == sorted(shown)
         self._is_timed = (
             self._container.format.name in _TIMED_CONTAINERS
+            and not are_of_decoding
             and all(mark.pts is not None for mark in marks)
             and len(set(self._times)) == len(self._times)
             and self._keys[:1] == marks[:1]
@@ -111,9 +155,10 @@ class Video:
     def _container_index(self) -> list[_Mark]:
         """The packets as an MP4's own index has them, if it is enough: every frame a key frame, in order.
 
-        It lacks the times of presentation, which differ where frames are decoded out of order.
+        It lacks the times of presentation, which differ where frames are decoded out of order. A file without
+        a table of key frames says the same of all its frames; `_read_timed` finds out.
         """
-        if self._container.format.name != _TIMED_CONTAINERS[0]:
+        if self._container.format.name != _TIMED_CONTAINERS[0] or self._stream.codec_context.has_b_frames:
             return []
         marks = [
             _Mark(e.timestamp, e.timestamp, e.is_keyframe, e.is_discard) for e in self._stream.index_entries
@@ -124,7 +169,9 @@ class Video:
 
     def _error(self, what: str, cause: Exception | None = None) -> DecodeError:
         reason = f" ({getattr(cause, 'strerror', None) or cause})" if cause else ""
-        return DecodeError(f"{self.name}: {what}{reason}")
+        # libav's errors of the system are errors of Python's system too.
+        kind = ReadError if isinstance(cause, OSError) else DecodeError
+        return kind(f"{self.name}: {what}{reason}")
 
     def __enter__(self) -> "Video":
         return self
@@ -144,7 +191,13 @@ class Video:
     @property
     def fps(self) -> float:
         """Average frames per second; 0.0 where the file does not say."""
-        return float(self._stream.average_rate or 0)
+        return float(self._rate)
+
+    def _read_rate(self) -> fractions.Fraction:
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        is_known = rate and self._container.metadata.get("comment") != NO_RATE
+        # PyAV has rationals of its own.
+        return fractions.Fraction(rate.numerator, rate.denominator) if is_known else fractions.Fraction(0)
 
     def digest(self) -> str:
         """SHA-256 of the file's bytes.
@@ -164,9 +217,9 @@ class Video:
         """Index of the frame on show `seconds` after the first one; the last frame after the end.
 
         Raises:
-            DecodeError: the file has neither presentation times nor a frame rate.
+            DecodeError: the file has no frame rate.
         """
-        if self._is_timed:
+        if self._is_timed and self._rate:
             time = self._times[0] + seconds / float(self._stream.time_base or 1)
             # Half a tick of tolerance: container times are rounded to ticks.
             index = bisect.bisect_right(self._times, time + 0.5) - 1
@@ -189,7 +242,7 @@ class Video:
         wanted = sorted({int(i) for i in indices})
         if not wanted or wanted[0] < 0 or wanted[-1] >= self.num_frames:
             raise IndexError(f"{self.name}: frames {wanted} of {self.num_frames}")
-        to_rgb = _ToRgb(choose_box)
+        to_rgb = ToRgb(choose_box)
         frames: dict[int, np.ndarray] = {}
         sizes = set()
         for found in (self._read_timed, self._read_counted):
@@ -210,17 +263,19 @@ class Video:
         return np.stack([frames[int(i)] for i in indices])
 
     @property
-    def time_base(self) -> fractions.Fraction:
-        """Seconds per tick, of `time_of`."""
+    def time_base(self) -> fractions.Fraction | None:
+        """Seconds per tick, of `time_of`; None: unknown."""
         base = self._stream.time_base
+        if not self._rate:
+            return None
         if self._is_timed and base:
-            return fractions.Fraction(base.numerator, base.denominator)  # PyAV has rationals of its own
-        rate = self._stream.average_rate or fractions.Fraction(25)
-        return fractions.Fraction(rate.denominator, rate.numerator)
+            return fractions.Fraction(base.numerator, base.denominator)
+        return 1 / self._rate
 
-    def time_of(self, index: int) -> fractions.Fraction:
-        """When frame `index` is shown, in seconds; by the frame rate where the file has no times."""
-        return self.time_base * (self._times[index] if self._is_timed else index)
+    def time_of(self, index: int) -> fractions.Fraction | None:
+        """When frame `index` is shown, in seconds; by the rate where there are no times; None: unknown."""
+        base = self.time_base
+        return None if base is None else base * (self._times[index] if self._is_timed else index)
 
     def frames(self, first: int = 0, last: int | None = None) -> Iterator[av.VideoFrame]:
         """Frames [first, last) in the order of presentation, as stored (not turned), whole or corrupt.
@@ -230,8 +285,13 @@ class Video:
         """
         if first and self._is_timed:
             last = self.num_frames if last is None else last
-            yield from (frame for _, frame in self._read_timed(list(range(first, last))))
-            return
+            for index, frame in self._read_timed(list(range(first, last))):
+                if index != first:
+                    break
+                yield frame
+                first += 1
+            if first == last:
+                return
         self._container.close()
         self._open()
         yield from itertools.islice(self._decode(self._demux()), first, last)
@@ -250,9 +310,18 @@ class Video:
             start = self._keys[max(bisect.bisect_right(self._key_times, time) - 1, 0)]
             groups.setdefault(start, set()).add(time)
         for start, times in groups.items():
-            for frame in self._decode(self._needed(start, set(times)), times):
-                if frame.pts in times and not frame.is_corrupt:
-                    yield index_of[frame.pts], frame
+            before = None
+            try:
+                for frame in self._decode(self._needed(start, set(times)), times):
+                    if before is None and not frame.key_frame:
+                        return  # no key frame, whatever the container says: frames are counted
+                    if before is not None and frame.pts is not None and frame.pts <= before:
+                        return  # not the times of presentation
+                    before = frame.pts
+                    if frame.pts in times and not frame.is_corrupt:
+                        yield index_of[frame.pts], frame
+            except DecodeError:
+                return  # what did not start at a key frame fails too: counting tells
 
     def _needed(self, start: _Mark, times: set[int]) -> Iterator[av.Packet]:
         """Packets from the key frame `start` to the last of those shown at `times`."""
@@ -296,75 +365,6 @@ class Video:
 
 def _mark(packet: av.Packet) -> _Mark:
     return _Mark(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
-
-
-class _ToRgb:
-    """Decoded frames -> upright uint8 RGB of one box, the same box for all of them."""
-
-    # libav converts these pixel by pixel where the height is even: a part of the frame equals that part of
-    # the whole. Elsewhere it interpolates colour across the edge.
-    _LOCAL_FORMATS = ("yuv420p", "yuvj420p")
-    _GRID = 8  # pixels; a multiple of what libav converts at a time
-
-    def __init__(self, choose_box: ChooseBox | None):
-        self._choose_box = choose_box
-        self._box: Box | None = None
-        self._reformatter = VideoReformatter()
-        self._graph: tuple[Any, Any, Any] | None = None  # a filter that crops, its entry and its exit
-
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        # The display matrix counts quarter turns counter-clockwise, as rot90 does.
-        turns = round(frame.rotation / 90) % 4
-        if self._choose_box is None:
-            return np.rot90(self._convert(frame), turns)
-        height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-        self._box = self._box or self._choose_box(height, width)
-        if turns or frame.format.name not in self._LOCAL_FORMATS or frame.height % 2:
-            return crop(np.rot90(self._convert(frame), turns), self._box)
-        top, left = (max(start, 0) // self._GRID * self._GRID for start in self._box[:2])
-        bottom, right = (
-            min(-(-(start + length) // self._GRID) * self._GRID, edge)
-            for start, length, edge in zip(self._box[:2], self._box[2:], (height, width), strict=True)
-        )
-        if (bottom - top, right - left) != (height, width):
-            frame = self._cropped(frame, (top, left, bottom - top, right - left))
-        return crop(self._convert(frame), (self._box[0] - top, self._box[1] - left, *self._box[2:]))
-
-    def _cropped(self, frame: av.VideoFrame, box: Box) -> av.VideoFrame:
-        """A view of the frame's planes, not a copy."""
-        if self._graph is None:
-            top, left, height, width = box
-            graph = av.filter.Graph()
-            graph.threads = 1
-            size = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/1"
-            colour = f"colorspace={int(frame.colorspace)}:range={int(frame.color_range)}"
-            filters = [
-                graph.add("buffer", f"{size}:{colour}"),
-                graph.add("crop", f"{width}:{height}:{left}:{top}:exact=1"),
-                graph.add("buffersink"),
-            ]
-            graph.link_nodes(*filters).configure()
-            # The graph too: its filters do not keep it alive, and crash without it.
-            self._graph = graph, filters[0], filters[2]
-        _, entry, end = self._graph
-        entry.push(frame)
-        return end.pull()
-
-    def _convert(self, frame: av.VideoFrame) -> np.ndarray:
-        # One thread: the default starts a pool for each frame, three times the cost of a small one.
-        return self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-
-
-def crop(frame: np.ndarray, box: Box) -> np.ndarray:
-    """A box of one frame [H, W, C]; what lies outside the frame is black."""
-    top, left, height, width = box
-    inside = frame[max(top, 0) : top + height, max(left, 0) : left + width]
-    if inside.shape[:2] == (height, width):
-        return inside
-    padded = np.zeros((height, width, frame.shape[-1]), frame.dtype)
-    y, x = max(-top, 0), max(-left, 0)
-    padded[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
-    return padded
 
 
 SAME_ON_EVERY_CPU = {"x264-params": "cpu-independent=1"}

@@ -13,7 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from videomae_jax.data import augment, decode, processes, randaugment, reading, sampling
+from videomae_jax.data import augment, decode, processes, randaugment, reading, rgb, sampling
 from videomae_jax.data.reading import AnyVideo
 from videomae_jax.data.sources import Record, Source
 
@@ -42,7 +42,7 @@ class PretrainClip(grain.transforms.RandomMap):
     ) -> dict[str, Any]:
         """(place in the stream of videos, record) -> its clips, uint8 [R, T, H, W, 3], and their fields."""
 
-        def choose_box(height: int, width: int) -> decode.Box:
+        def choose_box(height: int, width: int) -> rgb.Box:
             return augment.multi_scale_box(height, width, self.size, rng)
 
         def clips(video: AnyVideo) -> np.ndarray:

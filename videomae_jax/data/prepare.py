@@ -17,19 +17,19 @@ import os
 import pathlib
 import shutil
 import signal
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-import numpy as np
 import tqdm
-from etils import epath
 
-from videomae_jax.data import decode, prepared, processes, transcode
+from videomae_jax.data import decode, prepared, processes, records, transcode
 from videomae_jax.data.collection import Collection, Entry
 
 _REPORTS, _SETTINGS, _PARTIAL = ".reports", "prepare.json", ".partial-"
+_PAUSES = (0.2, 1.0)  # seconds, before a video that could not be read is tried again
 
 
 class PrepareError(ValueError):
@@ -134,51 +134,29 @@ def _write(path: pathlib.Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _features(collection: Collection) -> Any:
-    import tensorflow_datasets as tfds
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a video is not stored; `is_final`: it cannot be decoded, rather than not be read just then."""
 
-    features = tfds.features
-    label = features.ClassLabel(names=list(collection.classes)) if collection.classes else np.int32
-    return features.FeaturesDict(
-        {
-            "video": features.Tensor(shape=(), dtype=np.object_),
-            "id": features.Text(),
-            "label": label,
-            "frames": np.int32,
-            "fps": np.float32,
-            "height": np.int32,
-            "width": np.int32,
-            "source_sha256": features.Text(),
-            **{
-                name: features.Tensor(shape=shape, dtype=np.dtype(dtype).type)
-                for name, (shape, dtype) in collection.extra.items()
-            },
-        }
-    )
+    reason: str
+    is_final: bool
 
 
-def _serialize(features: Any, collection: Collection, entry: Entry, video: transcode.Encoded) -> bytes:
-    from tensorflow_datasets.proto import tf_example_pb2  # pyright: ignore
-
-    example = {**dataclasses.asdict(video), "id": entry.id, "label": entry.label}
-    for name, (shape, dtype) in collection.extra.items():
-        example[name] = np.asarray(entry.extra[name], dtype).reshape([-1 if n is None else n for n in shape])
-    # Serialised once more: the order of a protobuf map is not fixed by itself.
-    data = features.serialize_example(example)
-    message: Any = tf_example_pb2
-    return message.Example.FromString(data).SerializeToString(deterministic=True)
-
-
-def encode(entry: Entry, form: transcode.Form) -> transcode.Encoded | str:
+def encode(entry: Entry, form: transcode.Form) -> transcode.Encoded | Failure:
     """The stored form of a video, or why there is none."""
     start, end = entry.seconds or (None, None)
-    try:
-        return transcode.transcode(entry.path, form, start, end)
-    except decode.DecodeError as error:
-        return str(error)
+    for pause in (*_PAUSES, None):
+        try:
+            return transcode.transcode(entry.path, form, start, end)
+        except decode.DecodeError as error:
+            is_final = not isinstance(error, decode.ReadError)
+            if is_final or pause is None:
+                return Failure(str(error), is_final)
+        time.sleep(pause)
+    raise AssertionError
 
 
-def write_shard(job: Job, shard: Shard, videos: Iterator[transcode.Encoded | str]) -> None:
+def write_shard(job: Job, shard: Shard, videos: Iterator[transcode.Encoded | Failure]) -> None:
     """Writes one shard and its report; `videos` are those of its entries, in order.
 
     Raises:
@@ -186,7 +164,7 @@ def write_shard(job: Job, shard: Shard, videos: Iterator[transcode.Encoded | str
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    features = _features(job.collection)
+    features = records.features(job.collection)
     path = job.path(shard)
     partial = path.parent / f"{_PARTIAL}{uuid.uuid4().hex}"
     rows, failed = [], []
@@ -194,14 +172,15 @@ def write_shard(job: Job, shard: Shard, videos: Iterator[transcode.Encoded | str
         # Videos do not compress further; groups of one are what random access needs.
         writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
         for entry, video in zip(shard.entries, videos, strict=True):
-            if isinstance(video, str):
-                failed.append({"split": shard.split, "id": entry.id, "reason": video})
+            if isinstance(video, Failure):
+                failed.append({"split": shard.split, "id": entry.id, "shard": shard.number, **vars(video)})
                 continue
-            data = _serialize(features, job.collection, entry, video)
+            data = records.serialize(features, job.collection, entry, video)
             writer.write(data)
             row = {"split": shard.split, "shard": shard.number, "position": len(rows), "id": entry.id}
             row |= {"label": entry.label, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             row |= {name: getattr(video, name) for name in ("frames", "fps", "height", "width")}
+            row["target"] = ";".join(map(repr, entry.target))
             rows.append(row | {"source_sha256": video.source_sha256})
         writer.close()
         partial.replace(path)
@@ -218,7 +197,8 @@ def write_shard(job: Job, shard: Shard, videos: Iterator[transcode.Encoded | str
 
 def pending(job: Job, part: int = 0, parts: int = 1) -> list[Shard]:
     """The shards of a part that are still to be written."""
-    return [shard for shard in job.shards()[part::parts] if not job.report(shard).exists()]
+    shards = job.shards()[part::parts]
+    return [shard for shard in shards if not (job.report(shard).exists() and job.path(shard).exists())]
 
 
 def write(job: Job, shards: Sequence[Shard], encoders: int) -> None:
@@ -249,7 +229,7 @@ def write(job: Job, shards: Sequence[Shard], encoders: int) -> None:
 
 def _encoded(
     pool: concurrent.futures.Executor, entries: Sequence[Entry], form: transcode.Form, ahead: int, bar: Any
-) -> Iterator[transcode.Encoded | str]:
+) -> Iterator[transcode.Encoded | Failure]:
     """Encoded videos in order, at most `ahead` of them in memory."""
     waiting: collections.deque = collections.deque()
     for entry in entries:
@@ -267,11 +247,15 @@ def _start_encoder(parent: int) -> None:
     processes.die_with_parent(parent)
 
 
-def finish(job: Job) -> dict[str, Any]:
+def finish(job: Job, max_failed: float = 1.0) -> dict[str, Any]:
     """Metadata, table and manifest of a folder whose shards are all written; returns the manifest.
 
+    Args:
+        max_failed: share of the videos that may be left out.
+
     Raises:
-        PrepareError: shards are missing, or no video could be decoded.
+        PrepareError: shards are missing, or too many videos were left out; those that could not be read are
+            then tried again by the next run.
     """
     left = pending(job)
     if left:
@@ -285,9 +269,21 @@ def finish(job: Job) -> dict[str, Any]:
     rows = [row for found in reports.values() for report in found for row in report["rows"]]
     failed = [line for found in reports.values() for report in found for line in report["failed"]]
     if not rows:
+        _forget(job, failed)
         raise PrepareError(f"none of {len(failed)} videos can be decoded, the first: {failed[0]['reason']}")
+    share = len(failed) / (len(rows) + len(failed))
+    if share > max_failed:
+        again = sum(not failure["is_final"] for failure in failed)
+        _forget(job, failed)
+        raise PrepareError(
+            f"{len(failed)} of {len(rows) + len(failed)} videos failed, the first: {failed[0]['reason']}; "
+            f"the same command tries the {again} again that could not be read; "
+            f"--max_failed={_round_up(share)} finishes without them (now {max_failed})"
+        )
     lengths = {split: [len(report["rows"]) for report in found] for split, found in reports.items()}
-    _write_tfds_metadata(job, lengths, rows)
+    for shard in job.shards():
+        prepared.check_shard(job.path(shard), lengths[shard.split][shard.number])
+    records.write_metadata(job.collection, job.folder, lengths, rows)
     folder = pathlib.Path(job.folder)
     with (folder / prepared.RECORDS).open("w", newline="") as file:
         table = csv.DictWriter(file, prepared.COLUMNS)
@@ -303,21 +299,64 @@ def finish(job: Job) -> dict[str, Any]:
             split: {"records": sum(lengths[split]), "shard_lengths": lengths[split]} for split in lengths
         },
         "classes": list(job.collection.classes),
+        "head": job.collection.head,
+        "features": records.describe(job.collection),
         "failed": failed,
         "absent": absent,
-        "hash": prepared.records_hash(rows),
     }
+    manifest["hash"] = prepared.records_hash(rows, manifest)
     _write(folder / prepared.MANIFEST, json.dumps(manifest, indent=1))
     _tidy(folder)
     return manifest
 
 
-def finished(job: Job) -> dict[str, Any] | None:
-    """The manifest of a folder that needs no more work."""
+def _round_up(share: float) -> float:
+    return min(int(share * 100 + 1) / 100, 1.0)
+
+
+def _forget(job: Job, failed: list[dict[str, Any]], final_too: bool = False) -> None:
+    """Has the shards written again of which videos could not be read, or not be decoded either."""
+    again = {(f["split"], f["shard"]) for f in failed if final_too or not f["is_final"]}
+    for shard in job.shards():
+        if (shard.split, shard.number) in again:
+            job.report(shard).unlink(missing_ok=True)
+
+
+def finished(job: Job, retry_failed: bool = False) -> dict[str, Any] | None:
+    """The manifest of a folder that needs no more work.
+
+    One whose videos could not all be read needs some: its shards with such videos are written again.
+
+    Args:
+        retry_failed: likewise for videos that could not be decoded.
+    """
     if not prepared.is_prepared(job.folder):
         return None
+    manifest = prepared.read_manifest(job.folder)
+    # A folder of format 1 has no way to tell, nor is it written again by this version.
+    failed = manifest["failed"] if manifest["format"] == prepared.FORMAT else []
+    if any(retry_failed or not failure["is_final"] for failure in failed):
+        rows = prepared.read_rows(job.folder)
+        for shard in job.shards():
+            ours = (shard.split, shard.number)
+            report = {
+                "rows": [_typed(row) for row in rows if (row["split"], int(row["shard"])) == ours],
+                "failed": [failure for failure in failed if (failure["split"], failure["shard"]) == ours],
+            }
+            _write(job.report(shard), json.dumps(report))
+        pathlib.Path(job.folder, prepared.MANIFEST).unlink()
+        _forget(job, failed, retry_failed)
+        return None
     _tidy(pathlib.Path(job.folder))  # the run that finished it may have been killed just then
-    return prepared.read_manifest(job.folder)
+    return manifest
+
+
+def _typed(row: dict[str, str]) -> dict[str, Any]:
+    """A line of the table of records as its report has it."""
+    numbers = {
+        name: int(row[name]) for name in ("shard", "position", "label", "bytes", "frames", "height", "width")
+    }
+    return row | numbers | {"fps": float(row["fps"])}
 
 
 def _tidy(folder: pathlib.Path) -> None:
@@ -326,44 +365,27 @@ def _tidy(folder: pathlib.Path) -> None:
         left_over.unlink(missing_ok=True)
 
 
-def _write_tfds_metadata(job: Job, lengths: dict[str, list[int]], rows: list[dict[str, Any]]) -> None:
-    import tensorflow_datasets as tfds
-
-    collection = job.collection
-    splits = [
-        tfds.core.SplitInfo(
-            name=split,
-            shard_lengths=shards,
-            num_bytes=sum(row["bytes"] for row in rows if row["split"] == split),
-            filename_template=tfds.core.ShardedFileTemplate(
-                data_dir=epath.Path(job.folder),
-                dataset_name=collection.name,
-                split=split,
-                filetype_suffix="array_record",
-            ),
-        )
-        for split, shards in lengths.items()
-    ]
-    identity = tfds.core.DatasetIdentity(
-        name=collection.name, version=tfds.core.Version("1.0.0"), data_dir=job.folder, module_name=""
-    )
-    info = tfds.core.DatasetInfo(builder=identity, features=_features(collection))
-    info.set_file_format("array_record")
-    info.set_splits(tfds.core.SplitDict(splits))
-    info.write_to_directory(job.folder)
-
-
-def run(job: Job, encoders: int, part: tuple[int, int] = (0, 1)) -> dict[str, Any] | None:
+def run(
+    job: Job,
+    encoders: int,
+    part: tuple[int, int] = (0, 1),
+    *,
+    max_failed: float = 1.0,
+    retry_failed: bool = False,
+) -> dict[str, Any] | None:
     """Prepares a collection, or a part (i, n) of it; returns the manifest once the folder is finished.
+
+    Args:
+        max_failed, retry_failed: see `finish` and `finished`.
 
     Raises:
         PrepareError: see `claim`, `write` and `finish`.
     """
     claim(job)
-    manifest = finished(job)
+    manifest = finished(job, retry_failed)
     if manifest is not None:
         return manifest
     shards = pending(job, *part)
     if shards:
         write(job, shards, encoders)
-    return finish(job) if part[1] == 1 else None
+    return finish(job, max_failed) if part[1] == 1 else None

@@ -19,19 +19,22 @@ def write(job: prepare.Job, number: int) -> None:
     prepare.write_shard(job, shard, (prepare.encode(entry, job.form) for entry in shard.entries))
 
 
-def run(job: prepare.Job, options: Sequence[str]) -> dict[str, Any]:
+def run(
+    job: prepare.Job, options: Sequence[str], *, max_failed: float = 1.0, retry_failed: bool = False
+) -> dict[str, Any]:
     """Prepares a collection on the runner that `options` name (--runner=...); returns the manifest.
 
     Raises:
         PrepareError: see `prepare.claim` and `prepare.finish`.
     """
     prepare.claim(job)
-    manifest = prepare.finished(job)
+    manifest = prepare.finished(job, retry_failed)
     if manifest is not None:
         return manifest
     every = job.shards()
-    left = [number for number, shard in enumerate(every) if not job.report(shard).exists()]
+    pending = set(prepare.pending(job))
+    left = [number for number, shard in enumerate(every) if shard in pending]
     with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
         numbers = pipeline | beam.Create(left) | beam.Reshuffle()
         numbers | beam.Map(lambda number: write(job, number))  # pyright: ignore[reportUnusedExpression]
-    return prepare.finish(job)
+    return prepare.finish(job, max_failed)

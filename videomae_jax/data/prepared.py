@@ -6,30 +6,35 @@ NAME-SPLIT.array_record-00000-of-00007     the records, `tf.train.Example`s with
 features.json, dataset_info.json           what TFDS reads
 """
 
+import bisect
+import collections
 import csv
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
+from videomae_jax.data.lists import from_csv
 from videomae_jax.data.sources import (
     SUFFIXES,
     Record,
     Source,
     SourceError,
-    from_csv,
     from_folder,
     split_part,
 )
 
-FORMAT = 1
+FORMAT = 2  # 1: the hash knew neither classes nor features, and there were no targets
 MANIFEST, RECORDS = "manifest.json", "records.csv"
 COLUMNS = ("split", "shard", "position", "id", "label", "frames", "fps", "height", "width", "bytes")
-COLUMNS += ("sha256", "source_sha256")
+COLUMNS += ("sha256", "source_sha256", "target")
+_OPEN_SHARDS = 64  # readers of a process that are open at once
 
 
 def is_prepared(path: str | epath.Path) -> bool:
@@ -71,9 +76,12 @@ def shard_name(name: str, split: str, shard: int, shards: int) -> str:
     return f"{name}-{split}.array_record-{shard:05d}-of-{shards:05d}"
 
 
-def records_hash(rows: list[dict[str, Any]]) -> str:
-    """One hash of all records: split, id, label and bytes, in order."""
+def records_hash(rows: list[dict[str, Any]], manifest: Mapping[str, Any]) -> str:
+    """One hash of all records: split, id, label and bytes, in order; and of what labels and features mean."""
     total = hashlib.sha256()
+    if manifest["format"] > 1:
+        about = [manifest[name] for name in ("name", "head", "classes", "features")]
+        total.update(json.dumps(about).encode())
     for row in rows:
         total.update(f"{row['split']}\t{row['id']}\t{row['label']}\t{row['sha256']}\n".encode())
     return total.hexdigest()
@@ -97,11 +105,15 @@ class PreparedSource(Source):
         index = int(index)
         video, error = b"", ""
         try:
-            record = _records(self.root, self.split)[self.positions[index]]
+            record = _shards(self.root, self.split).read(self.positions[index])
             video = record["video"]
+            if record["id"].decode() != self.ids[index]:
+                video, error = b"", f"holds {record['id'].decode()}, so its label would be another video's"
         except Exception as reason:  # damage shows as many types; raising would end the loader
+            error = f"cannot be read ({reason})"
+        if error:
             shard, position = self.place(index)
-            error = f"{shard}, record {position} ({self.ids[index]}): cannot be read ({reason})"
+            error = f"{shard}, record {position} ({self.ids[index]}): {error}"
         name, label = self.ids[index], self.labels[index]
         return {"video": video, "name": name, "label": label, "record": index, "error": error}
 
@@ -119,13 +131,46 @@ class PreparedSource(Source):
         return hashlib.sha256(f"{self.content} {super().fingerprint()}".encode()).hexdigest()[:16]
 
 
-@functools.lru_cache(maxsize=8)
-def _records(root: str, split: str) -> Any:
-    """The records of a split, a sequence of dicts; kept open, and never pickled into a worker."""
-    import tensorflow_datasets as tfds  # 0.8 s, and only prepared data needs it
+class _Shards:
+    """The records of a split as dicts, of which few files are open at once; never pickled into a worker."""
 
-    builder: Any = tfds.builder_from_directory
-    return builder(root).as_data_source(split)
+    def __init__(self, root: str, split: str):
+        import tensorflow_datasets as tfds  # 0.8 s, and only prepared data needs it
+
+        builder: Any = tfds.builder_from_directory
+        self._features = builder(root).info.features
+        manifest = read_manifest(root)
+        lengths = manifest["splits"][split]["shard_lengths"]
+        self._paths = [
+            epath.Path(root) / shard_name(manifest["name"], split, shard, len(lengths))
+            for shard in range(len(lengths))
+        ]
+        self._ends = list(itertools.accumulate(lengths))
+        self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, position: int) -> dict[str, Any]:
+        """The record at a place in the split."""
+        shard = bisect.bisect_right(self._ends, position)
+        start = self._ends[shard - 1] if shard else 0
+        data = self._reader(shard, self._ends[shard] - start).read([position - start])[0]
+        return self._features.deserialize_example_np(data)
+
+    def _reader(self, shard: int, length: int) -> Any:
+        with self._lock:
+            reader = self._open.pop(shard, None) or _open_shard(self._paths[shard], length)
+            if isinstance(reader, str):
+                raise SourceError(f"the shard {reader}")
+            self._open[shard] = reader
+            # Closed when the last thread that reads from it has done so.
+            while len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return reader
+
+
+@functools.lru_cache(maxsize=8)
+def _shards(root: str, split: str) -> _Shards:
+    return _Shards(root, split)
 
 
 def open_prepared(path: str, split: str) -> PreparedSource:
@@ -146,16 +191,21 @@ def open_prepared(path: str, split: str) -> PreparedSource:
         split=split,
         positions=tuple(range(len(rows))),
         content=manifest["hash"],
+        targets=tuple(tuple(map(float, row["target"].split(";"))) for row in rows if row.get("target")),
+        head=manifest.get("head", "softmax"),
     )
 
 
-def open_source(path: str, split: str, head: str = "softmax") -> Source:
+def open_source(
+    path: str, split: str, head: str = "softmax", root: str = "", allow_missing: bool = False
+) -> Source:
     """Videos of one split of `path`: prepared data, a CSV list, or a folder (its `split` subfolder or list).
 
     A list, or a folder without parts for `train` and another split, is all "train".
 
     Args:
-        head: what labels are, see `sources.from_csv`; all but "softmax" need a list.
+        head: what labels are, see `lists.from_csv`; all but "softmax" need a list, or data prepared from one.
+        root, allow_missing: of a list, likewise.
 
     Raises:
         SourceError: there is nothing to read.
@@ -168,10 +218,16 @@ def open_source(path: str, split: str, head: str = "softmax") -> Source:
     if not place.is_file() and not is_prepared(path):
         place = split_part(path, split) or place
     if place.is_file():
-        return from_csv(place, head)
-    if head != "softmax":
-        raise SourceError(f"{path} has at most one class for each video: {head} needs a CSV list of labels")
-    return open_prepared(path, split) if is_prepared(path) else from_folder(place)
+        return from_csv(place, head, root, allow_missing)
+    if root or allow_missing:
+        raise SourceError(
+            f"{path} is no list: data.root and data.allow_missing are for lists, leave them out"
+        )
+    source = open_prepared(path, split) if is_prepared(path) else from_folder(place)
+    if source.head != head and (source.targets or head != "softmax"):
+        what = f"is prepared for {source.head}" if source.targets else "has at most one class for each video"
+        raise SourceError(f"{path} {what}, not for head.kind={head}, which needs a CSV list of such labels")
+    return source
 
 
 def has_split(path: str, split: str) -> bool:
@@ -188,15 +244,16 @@ def damage(path: str) -> Iterator[str]:
         SourceError: no prepared data.
     """
     manifest, rows = read_manifest(path), read_rows(path)
-    if records_hash(rows) != manifest["hash"]:
-        yield f"{RECORDS} does not match {MANIFEST}"
+    if records_hash(rows, manifest) != manifest["hash"]:
+        yield f"{RECORDS} does not match {MANIFEST}, or its classes, head or features are not those prepared"
+    yield from _wrong_files(path, manifest)
     readers: dict[str, Any] = {}
     for row in rows:
         lengths = manifest["splits"][row["split"]]["shard_lengths"]
         shard = shard_name(manifest["name"], row["split"], int(row["shard"]), len(lengths))
         if shard not in readers:
             readers = {shard: _open_shard(epath.Path(path) / shard, lengths[int(row["shard"])])}
-            if isinstance(readers[shard], str):
+            if isinstance(readers[shard], str) and readers[shard] != "is absent":
                 yield f"{shard}: {readers[shard]}"
         if not isinstance(readers[shard], str):
             reason = _record_damage(readers[shard], int(row["position"]), row["sha256"])
@@ -204,13 +261,42 @@ def damage(path: str) -> Iterator[str]:
                 yield f"{shard}, record {row['position']} ({row['id']}): {reason}"
 
 
+def check_shard(path: epath.PathLike, records: int) -> None:
+    """Refuses a shard that is not there whole.
+
+    Raises:
+        SourceError: naming it.
+    """
+    reader = _open_shard(epath.Path(path), records)
+    if isinstance(reader, str):
+        raise SourceError(f"{path}: {reader}: remove it, then the same command writes it again")
+
+
+def _wrong_files(path: str, manifest: dict[str, Any]) -> Iterator[str]:
+    """Shards that are absent or too many, and class names that TFDS has otherwise."""
+    expected = {
+        shard_name(manifest["name"], split, shard, len(found["shard_lengths"]))
+        for split, found in manifest["splits"].items()
+        for shard in range(len(found["shard_lengths"]))
+    }
+    there = {file.name for file in epath.Path(path).iterdir() if ".array_record-" in file.name}
+    yield from (f"{name}: is absent" for name in sorted(expected - there))
+    yield from (f"{name}: is no shard of this data set" for name in sorted(there - expected))
+    names = epath.Path(path) / "label.labels.txt"  # as TFDS writes them
+    if names.exists() and names.read_text().splitlines() != manifest["classes"]:
+        yield f"{names.name} has other classes, or in another order, than {MANIFEST}"
+
+
 def _open_shard(path: epath.Path, length: int) -> Any:
     """A reader, or what is wrong."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    if not path.exists():
-        return "is absent"
-    reader = ArrayRecordReader(str(path), "")
+    try:
+        reader = ArrayRecordReader(
+            str(path), "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768
+        )
+    except RuntimeError as error:
+        return f"cannot be opened ({str(error).splitlines()[0]})" if path.exists() else "is absent"
     if not reader.ok() or reader.num_records() != length:
         return f"holds {reader.num_records() if reader.ok() else 'no readable'} of {length} records"
     return reader

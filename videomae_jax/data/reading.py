@@ -5,6 +5,8 @@ import hashlib
 import io
 import os
 import re
+import stat
+import warnings
 from collections.abc import Iterator, Sequence
 
 import av
@@ -12,7 +14,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from videomae_jax.data import decode
+from videomae_jax.data import decode, rgb
 from videomae_jax.data.sources import IMAGE_SUFFIXES, SUFFIXES, is_remote
 
 
@@ -46,13 +48,13 @@ class FrameFolder:
         return 0.0
 
     @property
-    def time_base(self) -> fractions.Fraction:
-        """Seconds per frame, of `time_of`; 1/25 for want of a rate."""
-        return fractions.Fraction(1, 25)
+    def time_base(self) -> fractions.Fraction | None:
+        """None: images do not say."""
+        return None
 
-    def time_of(self, index: int) -> fractions.Fraction:
-        """When frame `index` is shown, in seconds."""
-        return index * self.time_base
+    def time_of(self, _index: int) -> fractions.Fraction | None:
+        """None: images do not say."""
+        return None
 
     def index_at(self, _seconds: float) -> int:
         """Raises DecodeError: there is no frame rate."""
@@ -75,7 +77,7 @@ class FrameFolder:
         return total.hexdigest()
 
     def read(
-        self, indices: Sequence[int] | np.ndarray, choose_box: decode.ChooseBox | None = None
+        self, indices: Sequence[int] | np.ndarray, choose_box: rgb.ChooseBox | None = None
     ) -> np.ndarray:
         """As `decode.Video.read`; images are taken as they are stored (no EXIF turn).
 
@@ -90,9 +92,10 @@ class FrameFolder:
         box, size = None, None
         for index in wanted:
             file = self._files[index]
+            data = read_bytes(file)
             try:
-                frame = np.asarray(Image.open(io.BytesIO(file.read_bytes())).convert("RGB"))
-            except (OSError, ValueError, SyntaxError) as error:  # Pillow: SyntaxError for a broken PNG
+                frame = _image(data)
+            except Exception as error:  # what Pillow and libav raise of a broken or huge image is theirs
                 raise decode.DecodeError(f"{file}: cannot be decoded ({error})") from None
             size = size or frame.shape
             if frame.shape != size:
@@ -101,9 +104,20 @@ class FrameFolder:
                 )
             if choose_box is not None:
                 box = box or choose_box(*frame.shape[:2])
-                frame = decode.crop(frame, box)
+                frame = rgb.crop(frame, box)
             frames[index] = frame
         return np.stack([frames[int(i)] for i in indices])
+
+
+def _image(data: bytes) -> np.ndarray:
+    """An image as uint8 RGB [H, W, 3]."""
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10":
+        # 16 bits per channel, which Pillow clips or cuts: scaled by libav.
+        with av.open(io.BytesIO(data), "r", format="png_pipe") as container:
+            return next(container.decode(video=0)).to_ndarray(format="rgb24")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 AnyVideo = decode.Video | FrameFolder
@@ -127,9 +141,11 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         DecodeError: it cannot be read.
     """
     try:
+        if not is_remote(os.fspath(path)) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("is no regular file")  # a pipe would be waited for
         return epath.Path(path).read_bytes()
     except Exception as error:  # what remote file systems raise is theirs
-        raise decode.DecodeError(
+        raise decode.ReadError(
             f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"
         ) from None
 

@@ -2,10 +2,8 @@
 
 import abc
 import collections
-import csv
 import dataclasses
 import hashlib
-import operator
 import os
 import pathlib
 import re
@@ -15,26 +13,17 @@ from typing import TypedDict, TypeVar
 from etils import epath
 
 SUFFIXES = frozenset(
-    [
-        ".3gp",
-        ".avi",
-        ".flv",
-        ".m2ts",
-        ".m4v",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".ogv",
-        ".ts",
-        ".webm",
-        ".wmv",
-    ]
+    f".{name}"
+    for name in (
+        *("3g2", "3gp", "amv", "asf", "avi", "divx", "dv", "f4v", "flv", "gif", "m1v", "m2ts", "m2v", "m4v"),
+        *("mkv", "mov", "mp4", "mpe", "mpeg", "mpg", "mts", "mxf", "nut", "ogg", "ogm", "ogv", "qt", "rm"),
+        *("rmvb", "ts", "vob", "webm", "wmv", "wtv", "y4m"),
+    )
 )
 IMAGE_SUFFIXES = frozenset([".bmp", ".jpeg", ".jpg", ".png", ".webp"])
-_SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+HEADS = ("softmax", "multilabel", "regression")
+_LIST_SUFFIXES = (".csv", ".tsv", ".txt")
+_PARTS = {"train": "train(ing)?", "validation": "val(id(ate|ation)?)?|dev", "test": "test(ing)?"}
 
 
 class SourceError(ValueError):
@@ -66,8 +55,11 @@ class Source(abc.ABC):
         ids: unique; they name the videos in logs and predictions.
         labels: class of each video, -1 where unknown.
         classes: class names in label order; empty without labels.
-        targets: what to predict for each video where that is not one class: 0 or 1 for each class
-            (multilabel) or numbers (regression); `classes` then names them, and labels are -1.
+        head: what is predicted: "softmax", one class; "multilabel" or "regression", the targets.
+        targets: of "multilabel", 0 or 1 for each class, and of "regression", numbers, which `classes` then
+            name; labels are -1.
+        notes: lines that the user should read: what was left out, and why there are no labels.
+        absent: names of listed videos that are not there.
     """
 
     root: str
@@ -75,6 +67,9 @@ class Source(abc.ABC):
     labels: tuple[int, ...]
     classes: tuple[str, ...] = ()
     targets: tuple[tuple[float, ...], ...] = ()
+    head: str = "softmax"
+    notes: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -115,29 +110,61 @@ class VideoSource(Source):
     def __getitem__(self, index: int) -> Record:
         index = int(index)
         path = str(join(self.root, self.ids[index]))
-        name, label = self.ids[index], self.labels[index]
-        return {"video": path, "name": name, "label": label, "record": index, "error": ""}
+        name, label, error = self.ids[index], self.labels[index], ""
+        if re.search(r"\\x[0-9a-f]{2}", name) and not os.path.lexists(path):
+            error = f"{path}: the name is not UTF-8: rename the file"
+        return {"video": path, "name": name, "label": label, "record": index, "error": error}
+
+
+def part_of(name: str) -> str:
+    """The part that a folder or list is called after: Train, videos_val, val_256, testing; "" for none.
+
+    >>> [part_of(name) for name in ("Train", "videos_val", "valid", "test_set", "jump")]
+    ['train', 'validation', 'validation', 'test', '']
+    """
+    for part, words in _PARTS.items():
+        if re.fullmatch(rf"(videos?[_-])?({words})([_-](videos?|set|\d+))?", name.lower()):
+            return part
+    return ""
 
 
 def split_part(path: str, split: str) -> epath.Path | None:
     """The subfolder or list of `path` for "train", "validation" or "test"; None where there is none.
 
-    A folder is divided if it has `train` (or train.csv, the published layout) and another of these; one of
-    them alone is a class.
+    A folder is divided if it has one for training (such as `train`, or train.csv, the published layout) and
+    another of these.
+
+    Raises:
+        SourceError: two of them are called after the same part.
     """
-    for ending, exists in (("", operator.methodcaller("is_dir")), (".csv", operator.methodcaller("is_file"))):
+    entries = [entry for entry in epath.Path(path).iterdir() if not entry.name.startswith(".")]
+    for is_list in (False, True):
         parts: dict[str, epath.Path] = {}
-        for known, names in _SPLITS.items():
-            for part in (epath.Path(path) / f"{name}{ending}" for name in names):
-                if known not in parts and exists(part):
-                    parts[known] = part
+        for entry in sorted(entries):
+            stem = entry.name.removesuffix(entry.suffix) if entry.suffix.lower() in _LIST_SUFFIXES else ""
+            part = part_of(stem if is_list else entry.name)
+            if part and is_list == entry.is_file():
+                if part in parts:
+                    raise SourceError(
+                        f"{path} has {parts[part].name} and {entry.name}, both called after the {part} part: "
+                        f"keep one, or pass one of them"
+                    )
+                parts[part] = entry
         if "train" in parts and len(parts) > 1:
             return parts.get(split)
     return None
 
 
-def videos_below(folder: epath.Path, seen: frozenset[str] = frozenset()) -> Iterator[epath.Path]:
-    """Video files and folders of frames, also behind links to folders; a link back up ends there."""
+def videos_below(
+    folder: epath.Path, ignored: collections.Counter[str] | None = None, seen: frozenset[str] = frozenset()
+) -> Iterator[epath.Path]:
+    """Video files and folders of frames, also behind links to folders; a link back up ends there.
+
+    Whatever has a video's name counts as one: what is no file fails when it is read, by name.
+
+    Args:
+        ignored: counts the other files by their suffix.
+    """
     place = str(folder) if is_remote(str(folder)) else os.path.realpath(folder)
     if place in seen:
         return
@@ -145,12 +172,14 @@ def videos_below(folder: epath.Path, seen: frozenset[str] = frozenset()) -> Iter
     for entry in folder.iterdir():
         if not entry.name.startswith("."):
             (folders if entry.is_dir() else files).append(entry)
-    videos = [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
+    videos = [file for file in files if file.suffix.lower() in SUFFIXES]
     if seen and not videos and not folders and any(f.suffix.lower() in IMAGE_SUFFIXES for f in files):
         yield folder
+    elif ignored is not None:
+        ignored.update(file.suffix.lower() for file in files if file.suffix.lower() not in SUFFIXES)
     yield from videos
     for entry in folders:
-        yield from videos_below(entry, seen | {place})
+        yield from videos_below(entry, ignored, seen | {place})
 
 
 def from_folder(path: str | os.PathLike) -> VideoSource:
@@ -164,113 +193,61 @@ def from_folder(path: str | os.PathLike) -> VideoSource:
     root = epath.Path(path)
     if not root.is_dir():
         raise SourceError(f"{root} is not a folder: pass a folder of videos or a CSV list of them")
-    found = sorted(pathlib.PurePosixPath(video.relative_to(root)) for video in videos_below(root))
+    ignored: collections.Counter[str] = collections.Counter()
+    found = sorted(_printable(video.relative_to(root)) for video in videos_below(root, ignored))
     if not found:
         known = " ".join(sorted(SUFFIXES))
         raise SourceError(f"{root} holds no video: expected folders of frames, or files ending in {known}")
+    notes = []
+    if ignored:
+        kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.most_common(8))
+        notes.append(f"{root}: {ignored.total()} files are no videos by their suffix ({kinds}): left out")
     ids = tuple(video.as_posix() for video in found)
-    if any(len(video.parts) == 1 for video in found):
-        return VideoSource(str(root), ids, (-1,) * len(ids))
-    classes = sorted({video.parts[0] for video in found})
-    labels = tuple(classes.index(video.parts[0]) for video in found)
-    return VideoSource(str(root), ids, labels, tuple(classes))
-
-
-def _read_rows(path: epath.Path) -> list[tuple[int, list[str]]]:
-    """(line number, fields) of a list separated by tabs, commas or spaces; quotes protect separators."""
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path} cannot be read as a text list: {error}") from None
-    text = next((line.strip() for line in lines if line.strip()), "")
-    whole = join(str(path.parent), text).exists()  # paths only, one a line, whatever is in them
-    delimiter = "\t" if whole else next((d for d in "\t, " if d in text), "\t")
-    rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-    parsed = [(rows.line_num, [field.strip() for field in row]) for row in rows]
-    if delimiter == " ":  # trailing blanks are not fields
-        parsed = [(line, [field for field in row if field]) for line, row in parsed]
-    return [(line, row) for line, row in parsed if any(row)]
-
-
-def from_csv(path: str | os.PathLike, head: str = "softmax") -> VideoSource:
-    """A list with a path and an optional label per line; relative paths start at the list's folder.
-
-    Columns are separated by tabs, commas or spaces (the published lists), fields with separators are
-    quoted. An empty label, like none, is -1: unknown.
-    A first line that names a `path` column is a header: `label` is then read too and other columns
-    are ignored. Without one, column 1 is the path and column 2 the label. Labels are all integers from 0,
-    or all names (classes are then in alphabetical order).
-
-    Raises:
-        SourceError: an unreadable or empty list, a wrong column, an absent file, or a repeated one.
-    """
-    path = epath.Path(path)
-    rows = _read_rows(path)
-    if not rows:
-        raise SourceError(f"{path} is empty: expected a path and an optional label per line")
-    header = [name.lower() for name in rows[0][1]]
-    if "path" in header:
-        rows = rows[1:]
-        places = [header.index(name) for name in ("path", "label") if name in header]
-        columns = len(header)
-    else:
-        columns = len(rows[0][1])
-        places = [0, 1][:columns]
-    ids, labels = [], []
-    for line, row in rows:
-        if len(row) != columns or (columns > 2 and "path" not in header):
-            raise SourceError(
-                f"{path}, line {line}: {len(row)} columns {row} where a path and an optional label were "
-                f"expected: quote paths that contain the separator, or add a header line `path,label`"
+    folders = sorted({video.parts[0] for video in found if len(video.parts) > 1})
+    stray = [video for video in found if len(video.parts) == 1]
+    if stray:
+        if len(folders) > 1:
+            some = f" and {len(stray) - 1} more videos" if len(stray) > 1 else ""
+            notes.append(
+                f"{root}: {stray[0]}{some} beside {len(folders)} folders, so the folders are no classes: "
+                f"move it into one to have labels"
             )
-        ids.append(row[places[0]])
-        labels.append((row[places[1]] if len(places) == 2 else "") or "-1")
-    lines = [line for line, _ in rows]
-    _check_files(path, ids, lines)
-    if head != "softmax":
-        parts = [[part.strip() for part in label.split(";") if part.strip()] for label in labels]
-        classes, targets = (_numbers if head == "regression" else _multi_hot)(path, lines, parts)
-        return VideoSource(str(path.parent), tuple(ids), (-1,) * len(ids), classes, targets)
-    if all(re.fullmatch(r"-1|\d{1,6}", label, re.ASCII) for label in labels):
-        numbers = tuple(int(label) for label in labels)
-        classes = tuple(str(i) for i in range(max(numbers) + 1))
-    else:
-        classes = tuple(sorted(set(labels) - {"-1"}))
-        numbers = tuple(-1 if label == "-1" else classes.index(label) for label in labels)
-    return VideoSource(str(path.parent), tuple(ids), numbers, classes)
+        return VideoSource(str(root), ids, (-1,) * len(ids), notes=tuple(notes))
+    _check_classes(root, found, folders)
+    labels = tuple(folders.index(video.parts[0]) for video in found)
+    return VideoSource(str(root), ids, labels, tuple(folders), notes=tuple(notes))
 
 
-_Targets = tuple[tuple[str, ...], tuple[tuple[float, ...], ...]]
+def _printable(path: os.PathLike) -> pathlib.PurePosixPath:
+    """A path as an id: bytes of a name that are not UTF-8 are spelt out."""
+    return pathlib.PurePosixPath(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
-def _multi_hot(_path: epath.Path, _lines: list[int], labels: list[list[str]]) -> _Targets:
-    """(class names in order, 0 or 1 for each of them per video); -1 stands for no label."""
-    named = [set(parts) - {"-1"} for parts in labels]
-    classes = tuple(sorted(set().union(*named), key=lambda n: (int(n), n) if n.isdecimal() else (-1, n)))
-    return classes, tuple(tuple(float(name in parts) for name in classes) for parts in named)
-
-
-def _numbers(path: epath.Path, lines: list[int], labels: list[list[str]]) -> _Targets:
-    """(names of the values, the values of each video)."""
-    values = []
-    for line, parts in zip(lines, labels, strict=True):
-        try:
-            values.append(tuple(float(part) for part in parts))
-        except ValueError:
-            raise SourceError(f"{path}, line {line}: {';'.join(parts)} is no number to predict") from None
-        if len(values[-1]) != len(values[0]):
-            raise SourceError(f"{path}, line {line}: {len(parts)} numbers where {len(values[0])} were before")
-    return tuple(f"value {i}" for i in range(len(values[0]))), tuple(values)
+def _check_classes(root: epath.Path, found: Sequence[pathlib.PurePosixPath], classes: Sequence[str]) -> None:
+    """Refuses class folders that are called after parts, but for vehicles: `train` beside others."""
+    for name in classes:
+        holds_folders = any(len(video.parts) > 2 for video in found if video.parts[0] == name)
+        is_vehicle = name == "train" and len(classes) > 1 and not holds_folders
+        if part_of(name) and not is_vehicle:
+            raise SourceError(
+                f"{root}: the folder {name} would be a class, and is called like a part: pass {root / name}, "
+                f"put train beside it, or rename it"
+            )
 
 
 def relabel(source: AnySource, classes: Sequence[str], whose: str = "the training videos") -> AnySource:
     """The same videos with labels that count in `classes`, those of `whose`.
 
     Raises:
-        SourceError: a video of a class that is not among them.
+        SourceError: a video of a class that is not among them, or other numbers to predict.
     """
     if source.classes == tuple(classes):
         return source
+    if source.head == "regression":
+        raise SourceError(
+            f"{source.root} has {len(source.classes)} numbers for each video, {whose} {len(classes)}: list "
+            f"as many"
+        )
     unknown = [name for name in source.classes if name not in classes]
     used = {source.classes[label] for label in source.labels if label >= 0}
     if source.targets:
@@ -288,25 +265,6 @@ def relabel(source: AnySource, classes: Sequence[str], whose: str = "the trainin
         for row in source.targets
     )
     return dataclasses.replace(source, labels=labels, classes=tuple(classes), targets=targets)
-
-
-def _check_files(path: epath.Path, ids: list[str], lines: list[int]) -> None:
-    if not ids:
-        raise SourceError(f"{path} lists no video below its header")
-    first_line: dict[str, int] = {}
-    absent = []
-    for video, line in zip(ids, lines, strict=True):
-        if first_line.setdefault(video, line) != line:
-            raise SourceError(f"{path}, line {line}: {video} is already on line {first_line[video]}")
-        if not join(str(path.parent), video).exists():
-            absent.append((line, video))
-    if absent:
-        line, video = absent[0]
-        raise SourceError(
-            f"{path}, line {line}: no file {join(str(path.parent), video)} ({len(absent)} of {len(ids)} are "
-            f"absent): correct the paths, relative ones start at the list's folder; a header must name"
-            f" a column `path`"
-        )
 
 
 def hold_out(source: Source, videos: int) -> tuple[Source, Source]:

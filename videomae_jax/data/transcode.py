@@ -1,6 +1,7 @@
 """One video, verified by decoding all of it, shrunk, and encoded so that any frame is near.
 
-Measured forms are in docs/performance.md. Colour range and matrix stay those of the source.
+Measured forms are in docs/performance.md. Colour range and matrix stay those of the source, but for JPEG,
+which has BT.601 in full range, and for RGB, which becomes BT.601.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import av
 import av.filter
 from av.error import FFmpegError
 
-from videomae_jax.data import decode, reading
+from videomae_jax.data import decode, reading, rgb
 from videomae_jax.data.reading import AnyVideo
 
 # Options of the encoder; one thread and fixed options give the same bytes each time.
@@ -27,6 +28,9 @@ CODECS: dict[str, dict[str, str]] = {
     "keep": {},
 }
 """Forms of a prepared video -> options of their encoder; `keep` stores the file's own bytes."""
+
+
+_RGB, _BT601 = 0, 6  # AVColorSpace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,18 +83,17 @@ def _span(video: AnyVideo, start: float | None, end: float | None) -> tuple[int,
     """Frames [first, last) that are on show in the seconds [start, end)."""
     if start is None or end is None:
         return 0, video.num_frames
-    length = video.time_of(video.num_frames - 1) - video.time_of(0)
+    first = video.index_at(start)
+    times = [video.time_of(index) for index in (0, video.num_frames - 1)]
+    length = float(times[1] - times[0]) if times[0] is not None and times[1] is not None else 0.0
     if start > length:
         raise decode.DecodeError(f"{video.name}: ends before second {start}")
-    first = video.index_at(start)
     return first, video.num_frames if end > length else max(video.index_at(end), first + 1)
 
 
 def _keep(path: str, video: decode.Video) -> Encoded:
-    sizes = [(frame.height, frame.width, frame.rotation) for frame in _verified(video, 0, video.num_frames)]
-    height, width, rotation = sizes[0]
-    if round(rotation / 90) % 2:
-        height, width = width, height
+    sizes = [rgb.orientation(frame).size(frame) for frame in _verified(video, 0, video.num_frames)]
+    height, width = sizes[0]
     data = reading.read_bytes(path)
     return Encoded(data, len(sizes), video.fps, height, width, hashlib.sha256(data).hexdigest())
 
@@ -117,25 +120,30 @@ def _encode(video: AnyVideo, first: int, last: int, form: Form) -> tuple[bytes, 
     is_jpeg = form.codec == "mjpeg"
     is_full_range = is_jpeg or sample.color_range == 2 or sample.format.name.startswith("yuvj")
     pixels = "yuvj420p" if is_full_range else "yuv420p"
-    graph, entry, end = _filters(sample, pixels, form.short_side)
+    # JPEG has one matrix, and RGB none: both become BT.601, as readers take them.
+    has_matrix = not is_jpeg and sample.format.components[0].is_luma and int(sample.colorspace) != _RGB
+    graph, entry, end = _filters(sample, pixels, form.short_side, "" if has_matrix else "bt601")
+    tick = video.time_base or fractions.Fraction(1, 25)
     with av.open(buffer, "w", format="mp4") as container:
         stream: Any = container.add_stream(
             "mjpeg" if is_jpeg else "libx264",
             rate=fractions.Fraction(video.fps or 25).limit_denominator(1 << 16),
             options=CODECS[form.codec],
         )
-        stream.height, stream.width = shrunk(*_upright(sample), form.short_side)
+        if video.time_base is None:
+            container.metadata["comment"] = decode.NO_RATE
+        stream.height, stream.width = shrunk(*rgb.orientation(sample).size(sample), form.short_side)
         stream.pix_fmt = pixels
         context = stream.codec_context
         context.thread_count = 1
-        context.time_base = video.time_base
+        context.time_base = tick
         context.color_range = 2 if is_full_range else int(sample.color_range)
-        context.colorspace = int(sample.colorspace)
+        context.colorspace = int(sample.colorspace) if has_matrix else _BT601
         for index, frame in enumerate(itertools.chain([sample], frames), first):
             entry.push(frame)
             ready = end.pull()
-            ready.time_base = video.time_base
-            ready.pts = round((video.time_of(index) - video.time_of(first)) / video.time_base)
+            ready.time_base = tick
+            ready.pts = _ticks(video, first, index)
             ready.pict_type = 0  # the encoder chooses
             container.mux(stream.encode(ready))
         container.mux(stream.encode(None))
@@ -143,25 +151,36 @@ def _encode(video: AnyVideo, first: int, last: int, form: Form) -> tuple[bytes, 
     return buffer.getvalue(), stream.height, stream.width
 
 
-def _upright(frame: av.VideoFrame) -> tuple[int, int]:
-    """(height, width) as shown."""
-    is_turned = round(frame.rotation / 90) % 2
-    return (frame.width, frame.height) if is_turned else (frame.height, frame.width)
+def _ticks(video: AnyVideo, first: int, index: int) -> int:
+    """Time of a frame after that of `first`, in ticks; one a frame where times are unknown."""
+    start, time = video.time_of(first), video.time_of(index)
+    if start is None or time is None or video.time_base is None:
+        return index - first
+    return round((time - start) / video.time_base)
 
 
-def _filters(frame: av.VideoFrame, pixels: str, short_side: int) -> tuple[av.filter.Graph, Any, Any]:
-    """(a graph that turns frames upright, makes them even, shrinks them to 4:2:0, its entry, its exit)."""
+def _filters(
+    frame: av.VideoFrame, pixels: str, short_side: int, matrix: str
+) -> tuple[av.filter.Graph, Any, Any]:
+    """(a graph that turns frames upright, makes them even, shrinks them to 4:2:0, its entry, its exit).
+
+    `matrix` of the result; "": that of the frame.
+    """
     graph = av.filter.Graph()
     graph.threads = 1
     size = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/1"
     colour = f"colorspace={int(frame.colorspace)}:range={int(frame.color_range)}"
     nodes = [graph.add("buffer", f"{size}:{colour}")]
-    nodes += [graph.add("transpose", "cclock") for _ in range(round(frame.rotation / 90) % 4)]
-    height, width = shrunk(*_upright(frame), short_side)
-    if min(_upright(frame)) <= short_side:
+    way = rgb.orientation(frame)
+    nodes += [graph.add("transpose", "cclock_flip")] if way.is_transposed else []
+    nodes += [graph.add("hflip")] if way.is_mirrored else []
+    nodes += [graph.add("vflip")] if way.is_flipped else []
+    height, width = shrunk(*way.size(frame), short_side)
+    if min(way.size(frame)) <= short_side:
         nodes.append(graph.add("crop", f"{width}:{height}:0:0"))
     out_range = ":out_range=full" if pixels == "yuvj420p" else ""
-    nodes.append(graph.add("scale", f"{width}:{height}:flags=bicubic{out_range}"))
+    out_matrix = f":out_color_matrix={matrix}" if matrix else ""
+    nodes.append(graph.add("scale", f"{width}:{height}:flags=bicubic{out_range}{out_matrix}"))
     nodes += [graph.add("format", pixels), graph.add("buffersink")]
     graph.link_nodes(*nodes).configure()
     return graph, nodes[0], nodes[-1]

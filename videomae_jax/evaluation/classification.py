@@ -7,7 +7,13 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+
+
+def is_finite(values: Float[np.ndarray, "B ..."]) -> Bool[np.ndarray, " B"]:
+    """Whether all values of a video are."""
+    flat: np.ndarray = np.isfinite(values.reshape(len(values), -1))
+    return flat.all(axis=1)
 
 
 class OutputError(ValueError):
@@ -20,11 +26,11 @@ def check_finite(outputs: Float[np.ndarray, "B ..."], ids: Sequence[str], whose:
     Raises:
         OutputError: naming `whose` outputs they are, and the first video.
     """
-    is_finite = np.isfinite(outputs).reshape(len(ids), -1).all(axis=1)
-    if not is_finite.all():
+    good = is_finite(outputs)
+    if not good.all():
         raise OutputError(
-            f"{whose}: the outputs for {int((~is_finite).sum())} of {len(ids)} videos are not finite, the "
-            f"first is {ids[int(is_finite.argmin())]}: these weights have diverged (train again with a lower "
+            f"{whose}: the outputs for {int((~good).sum())} of {len(ids)} videos are not finite, the "
+            f"first is {ids[int(good.argmin())]}: these weights have diverged (train again with a lower "
             f"optim.lr, or with optim.clip_norm) or are damaged"
         )
 
@@ -39,14 +45,14 @@ def merge_views(outputs: Float[np.ndarray, "B V K"], head: str) -> Float[np.ndar
     [[0.4995, 0.3413, 0.1592]]
     """
     x = np.asarray(outputs, np.float64)
-    is_finite = np.isfinite(x).all(axis=(1, 2))
-    x = np.where(is_finite[:, None, None], x, 0.0)
+    good = is_finite(x)
+    x = np.where(good[:, None, None], x, 0.0)
     if head == "softmax":
         x = np.exp(x - x.max(axis=-1, keepdims=True))
         x = x / x.sum(axis=-1, keepdims=True)
     elif head == "multilabel":
         x = np.exp(-np.logaddexp(0, -x))
-    return np.where(is_finite[:, None], x.mean(axis=1), np.nan)
+    return np.where(good[:, None], x.mean(axis=1), np.nan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Scores:
     @property
     def not_finite(self) -> Int[np.ndarray, " M"]:
         """Places in the source of the videos whose scores are not finite."""
-        return self.records[~np.isfinite(self.values).all(axis=1)]
+        return self.records[~is_finite(self.values)]
 
     def metrics(self, head: str) -> dict[str, float]:
         """The figures of a kind of head, as fractions.
@@ -117,7 +123,7 @@ def label_ranks(values: Float[np.ndarray, "B K"], labels: Int[np.ndarray, " B"])
     own = values[np.arange(len(labels)), labels][:, None]
     before = np.arange(values.shape[1]) < labels[:, None]
     ranks = ((values > own) | ((values == own) & before)).sum(axis=1)
-    return np.where(np.isfinite(values).all(axis=1), ranks, np.iinfo(ranks.dtype).max)
+    return np.where(is_finite(values), ranks, np.iinfo(ranks.dtype).max)
 
 
 def mean_average_precision(scores: Float[np.ndarray, "B K"], targets: Float[np.ndarray, "B K"]) -> float:

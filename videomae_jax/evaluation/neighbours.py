@@ -3,6 +3,8 @@
 import numpy as np
 from jaxtyping import Float, Int
 
+from videomae_jax.evaluation.classification import is_finite
+
 
 def votes(
     known: Float[np.ndarray, "N D"],
@@ -24,11 +26,11 @@ def votes(
     Raises:
         ValueError: no known features are finite.
     """
-    usable = np.isfinite(known).all(axis=1)
+    usable = is_finite(known)
     if not usable.any():
         raise ValueError(f"none of the features of {len(known)} known videos are finite")
     known, labels = known[usable], labels[usable]
-    is_lost = ~np.isfinite(asked).all(axis=1)
+    is_lost = ~is_finite(asked)
     asked = np.where(is_lost[:, None], 0.0, asked).astype(asked.dtype)
     known, asked = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (known, asked))
     count = min(neighbours, len(known))

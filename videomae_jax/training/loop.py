@@ -184,6 +184,7 @@ def _train(
     figures = {
         "step": int(state.step),
         "bad_videos": dict(sorted(bad.reasons.items())),
+        "absent_videos": list(source.absent),
         "skipped_steps": guard.skipped,
     }
     if best.found:

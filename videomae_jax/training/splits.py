@@ -21,7 +21,7 @@ class Splits:
 
 
 def open_splits(config: Config) -> Splits:
-    """The videos of `data.path`; generates moving_shapes where it is named.
+    """The videos of `data.path`; generates moving_shapes where it is named, says what is left out.
 
     Where there is no validation part, it is taken from the training videos; a set too small for that has its
     training videos in its place.
@@ -32,11 +32,11 @@ def open_splits(config: Config) -> Splits:
     """
     data, needs_labels = config.data, config.task != "pretrain"
     path = _path(config)
-    train = prepared.open_source(path, "train", config.head.kind)
+    train = _open(config, path, "train")
     if prepared.has_split(path, "validation"):
-        validation = prepared.open_source(path, "validation", config.head.kind)
+        validation = _open(config, path, "validation")
     elif prepared.has_split(path, "test") and needs_labels:
-        validation = prepared.open_source(path, "test", config.head.kind)
+        validation = _open(config, path, "test")
     else:
         train, validation = sources.hold_out(train, data.held_out)
         if not len(validation):
@@ -48,7 +48,7 @@ def open_splits(config: Config) -> Splits:
     if not validation.targets and max(validation.labels) < 0:
         raise UserError(f"{path}: no validation video has a label: validation needs some that do")
     has_test = prepared.has_split(path, "test")
-    test = prepared.open_source(path, "test", config.head.kind) if has_test else validation
+    test = _open(config, path, "test") if has_test else validation
     if not test.targets and max(test.labels) < 0:
         report.say(f"{path}: the test part has no labels, so the validation part is tested")
         test = validation
@@ -66,7 +66,16 @@ def open_all(config: Config) -> Source:
     path = _path(config)
     if prepared.has_split(path, "train"):
         raise UserError(f"{path} is divided: evaluate.split=all is for a folder or list that is not")
-    return prepared.open_source(path, "train", config.head.kind)
+    return _open(config, path, "train")
+
+
+def _open(config: Config, path: str, split: str) -> Source:
+    """A part of the videos; says what the user should know of it."""
+    data = config.data
+    source = prepared.open_source(path, split, config.head.kind, data.root, data.allow_missing)
+    for note in source.notes:
+        report.say(note)
+    return source
 
 
 def _path(config: Config) -> str:

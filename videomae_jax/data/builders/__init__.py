@@ -7,8 +7,9 @@ from videomae_jax.data.builders.ssv2 import ssv2
 from videomae_jax.data.builders.ucf101 import ucf101
 from videomae_jax.data.builders.video_folder import video_folder
 
+__all__ = ["BUILDERS", "video_folder"]
+
 BUILDERS = {
-    "video_folder": video_folder,
     "kinetics400": kinetics(400),
     "kinetics600": kinetics(600),
     "kinetics700": kinetics(700),
@@ -17,4 +18,4 @@ BUILDERS = {
     **{f"hmdb51_{number}": hmdb51(number) for number in (1, 2, 3)},
     "ava": ava,
 }
-"""Name -> function of (annotations, or what `video_folder` takes; folder of videos) -> Collection."""
+"""Name -> function of (annotations, folder of videos) -> Collection."""
