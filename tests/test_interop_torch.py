@@ -1,12 +1,13 @@
 """PyTorch weights in and out: published numbers, bit-exact round trips, files that are not what they say."""
 
-import argparse
 import collections
 import io
 import json
 import os
 import pickle
 import re
+import shutil
+import time
 import zipfile
 
 import jax
@@ -548,8 +549,211 @@ def test_transformers_reads_our_folders(golden, tmp_path):
         assert relative_error(logits, expected[wanted]) < 1e-5
 
 
-def test_records_are_inert():
-    record = torch_file.Record()
-    record.__setstate__({"lr": 1.0})
-    assert record == {"lr": 1.0}
-    assert argparse.Namespace not in torch_file._GLOBALS.values()
+def test_nothing_behind_a_name_is_ever_touched(tmp_path):
+    """Attributes of dtypes, functions and types, and structures that take for ever to look at."""
+    text = lambda s: b"X" + len(s).to_bytes(4, "little") + s.encode()  # noqa: E731
+    state = b"(K\x03" + text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00t"
+    double = (
+        b")" + b"2\x86" * 40
+        if False
+        else b")" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60))
+    )
+    hostile = {
+        "state of a dtype": raw(b"ctorch\nBFloat16Storage\n", state, b"b"),
+        "state of a function": raw(
+            b"ctorch._utils\n_rebuild_tensor_v2\n}", text("__name__"), text("x"), b"sb"
+        ),
+        "slots of a function": raw(
+            b"ctorch._utils\n_rebuild_parameter\nN}", text("__doc__"), text("x"), b"s\x86b"
+        ),
+        "state of a type": raw(b"ccollections\nOrderedDict\n}", text("a"), b"Nsb"),
+        "a tuple as key": raw(b"}", double, b"Ns"),
+        "a tuple as reference": raw(double, b"Q"),
+        "a tuple as a call": raw(double, b")R"),
+        "a tuple as the state of a list": raw(b"]", double, b"b"),
+        "a tuple as a size": raw(b"ctorch._utils\n_rebuild_tensor_v2\n(", double, b"K\x00", double, b"))tR"),
+        "a number as the whole": raw(b"K\x01", b"K\x01a"),
+        "deep": raw(b"]" * 5000, b"a" * 4999),
+        "items without a mark": raw(b"]", b"e"),
+        "nothing left": raw(b"0"),
+        "float key": raw(b"}G?\xf0\x00\x00\x00\x00\x00\x00Ns"),
+    }
+    before = (torch_file._tensor.__name__, torch_file._tensor.__doc__, np.dtype("bfloat16").byteorder)
+    for name, data in hostile.items():
+        path = write_zip(tmp_path / "evil.pth", data, [FLOATS])
+        started = time.perf_counter()
+        with pytest.raises(torch_file.TorchFileError) as error:
+            torch_file.read(path)
+        assert "\n" not in str(error.value), name
+        assert len(str(error.value)) < 600, name
+        assert time.perf_counter() - started < 5, name
+    assert before == (torch_file._tensor.__name__, torch_file._tensor.__doc__, np.dtype("bfloat16").byteorder)
+    shared = write_zip(tmp_path / "evil.pth", raw(b"}", text("a"), double, b"s"), [FLOATS])
+    assert set(torch_file.read(shared)) == {"a"}  # sixty pairs, read in as many steps
+    with pytest.raises(torch_weights.WeightsError, match="a is a tuple, not a tensor"):
+        vm.load(shared)
+
+
+def test_encrypted_and_damaged_storages(golden, tmp_path):
+    path = tmp_path / "a.pth"
+    data = bytearray(write_zip(path, tensor_pickle(), [FLOATS]).read_bytes())
+    for signature, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = data.find(signature)
+        while at >= 0:
+            data[at + place] |= 1
+            at = data.find(signature, at + 4)
+    path.write_bytes(data)
+    with pytest.raises(torch_file.TorchFileError, match="is encrypted"):
+        torch_file.read(path)
+    good = (golden / "finetune_checkpoint.pth").read_bytes()
+    tensor = torch_file.read(golden / "finetune_checkpoint.pth", weights._tensors_of)["head.weight"]
+    at = good.find(np.ascontiguousarray(tensor).tobytes())
+    path.write_bytes(good[: at + 5] + bytes([good[at + 5] ^ 1]) + good[at + 6 :])
+    with pytest.raises(torch_file.TorchFileError, match=r"storage \d+ is damaged"):
+        torch_file.read(path, weights._tensors_of)
+
+
+def deepspeed_pickle(tensors: dict[str, np.ndarray]) -> tuple[bytes, list[tuple[str, bytes]]]:
+    """What an engine of DeepSpeed saves: the tensors under `module`, and its own fields beside them."""
+    text = lambda s: b"X" + len(s).to_bytes(4, "little") + s.encode()  # noqa: E731
+    number = lambda n: b"J" + int(n).to_bytes(4, "little", signed=True)  # noqa: E731
+    numbers = lambda values: b"(" + b"".join(map(number, values)) + b"t"  # noqa: E731
+    ordered = b"ccollections\nOrderedDict\n)R"
+
+    def tensor(key: int, array: np.ndarray) -> bytes:
+        pid = b"(" + text("storage") + b"ctorch\nHalfStorage\n" + text(str(key)) + text("cuda:0")
+        pid += number(array.size) + b"tQ"
+        strides = [s // array.itemsize for s in array.strides]
+        arguments = (
+            b"(" + pid + number(0) + numbers(array.shape) + numbers(strides) + b"\x89" + ordered + b"t"
+        )
+        return b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R"
+
+    arrays = [np.ascontiguousarray(array, np.float16) for array in tensors.values()]
+    module = (
+        ordered
+        + b"("
+        + b"".join(
+            text(name) + tensor(key, array)
+            for key, (name, array) in enumerate(zip(tensors, arrays, strict=True))
+        )
+        + b"u}"
+        + text("_metadata")
+        + ordered
+        + b"sb"
+    )
+    scaler = (
+        b"cdeepspeed.runtime.fp16.loss_scaler\nDynamicLossScaler\n)\x81}"
+        + text("cur_scale")
+        + b"G@p"
+        + bytes(6)
+    )
+    scaler += b"sb"
+    data = b"}(" + text("module") + module
+    data += text("optimizer") + b"}" + text("loss_scaler") + scaler + b"s"
+    data += text("csr_tensor_module_names") + b"c__builtin__\nset\n](" + text("a") + b"e\x85R"
+    data += (
+        text("mp_world_size") + number(1) + text("ds_config") + b"}" + text("dtype") + b"ctorch\nfloat16\ns"
+    )
+    data += text("args") + b"cargparse\nNamespace\n)\x81}" + text("lr") + b"G?\xf0" + bytes(6) + b"sb"
+    data += text("unused") + tensor(len(arrays), np.zeros(4, np.float16)) + b"u"
+    files = [(f"archive/data/{key}", array.tobytes()) for key, array in enumerate(arrays)]
+    return raw(data), files  # the storage of `unused` is not even there
+
+
+def test_checkpoints_of_deepspeed(golden, tmp_path):
+    tensors = load_file(golden / "finetune_weights.safetensors")
+    path = write_zip(tmp_path / "mp_rank_00_model_states.pt", *deepspeed_pickle(tensors))
+    loaded, expected = (
+        vm.load(path, num_heads=3),
+        vm.load(golden / "finetune_weights.safetensors", num_heads=3),
+    )
+    half = jax.tree.map(lambda p: p.astype(np.float16).astype(np.float32), params_of(expected))
+    jax.tree.map(np.testing.assert_array_equal, params_of(loaded), half)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"id2label": None}, ""),
+        ({"image_size": [64, 64]}, ""),
+        ({"image_size": "64"}, "image_size='64' is no int"),
+        ({"image_size": [64, 64, 64]}, "image_size"),
+        ({"num_frames": None}, "num_frames=None is no int"),
+        ({"layer_norm_eps": -1}, "layer_norm_eps"),
+        ({"id2label": ["a"]}, "id2label"),
+        ({"id2label": {"x": "a"}}, "id2label"),
+        ({"hidden_act": "gelu_new"}, "hidden_act='gelu_new': only the exact gelu is known"),
+        ({"num_attention_heads": 5}, "num_heads 5 does not divide"),
+        ({"num_attention_heads": "3"}, "num_attention_heads='3' is no int"),
+    ],
+)
+def test_odd_configs_of_hugging_face(golden, tmp_path, change, text):
+    folder = tmp_path / "hf"
+    shutil.copytree(golden / "hf_classify", folder)
+    about = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(about))
+    if not text:
+        assert vm.load(folder).config.clip_size[1:] == (64, 64)
+        return
+    with pytest.raises(ValueError, match=re.escape(text)) as error:
+        vm.load(folder)
+    assert str(folder) in str(error.value)
+    assert type(error.value).__module__.startswith("videomae_jax")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", '"x"', "[" * 100_000, "\xff"])
+def test_broken_configs_of_hugging_face(golden, tmp_path, content):
+    folder = tmp_path / "hf"
+    shutil.copytree(golden / "hf_classify", folder)
+    (folder / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(export.ExportError, match=r"config\.json"):
+        vm.load(folder)
+
+
+def test_a_header_that_lies(tmp_path):
+    for shape in ([10**9, 0], [10**18, 10**18], [-1], ["a"], 3):
+        header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+        (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(ValueError, match=r"x\.safetensors") as error:
+            vm.load(tmp_path / "x.safetensors")
+        assert type(error.value).__module__.startswith("videomae_jax")
+
+
+def test_what_is_predicted_is_kept_in_both_directions(golden, tmp_path):
+    """`norm_pix_loss: false`: pixels, which are shown as they are."""
+    folder = tmp_path / "hf"
+    shutil.copytree(golden / "hf_pretrain", folder)
+    about = json.loads((folder / "config.json").read_text())
+    for value in (True, False):
+        (folder / "config.json").write_text(json.dumps(about | {"norm_pix_loss": value}))
+        assert weights.read_recipe(folder)["normalize_target"] is value
+        weights.convert(str(folder), str(tmp_path / f"orbax{value}"), "orbax")
+        weights.convert(str(tmp_path / f"orbax{value}"), str(tmp_path / f"back{value}"), "hf")
+        assert json.loads((tmp_path / f"back{value}" / "config.json").read_text())["norm_pix_loss"] is value
+    with pytest.raises(
+        export.ExportError, match="the official layout cannot tell that the model predicts pixels"
+    ):
+        weights.convert(str(folder), str(tmp_path / "x.safetensors"), "official")
+
+
+def test_what_files_do_not_tell(golden, tmp_path):
+    file = golden / "finetune_weights.safetensors"
+    classes = len(vm.load(file, num_heads=3).config.classes)
+    hints = weights.Hints(
+        num_heads=3, clip_size=(16, 64, 64), classes=tuple("abcdefghijkl"[:classes]), stride=2
+    )
+    model = weights.read(file, hints)
+    assert (model.config.clip_size, model.config.classes) == (hints.clip_size, hints.classes)
+    assert weights.read_recipe(file, hints)["stride"] == 2
+    with pytest.raises(
+        export.ExportError, match=r"does not tell how frames are sampled.*--stride=4.*--stride=0"
+    ):
+        weights.read_stride(file, weights.Hints(num_heads=3))
+    for count, stride in ((174, 0), (400, 4), (710, 4), (51, 2), (101, 4)):
+        assert weights.published_stride(count) == stride
+    weights.convert(str(file), str(tmp_path / "orbax"), "orbax", hints=hints)
+    assert weights.read_recipe(tmp_path / "orbax")["stride"] == 2
+    assert vm.load(tmp_path / "orbax").config.classes == hints.classes
+    with pytest.raises(export.ExportError, match="tells itself that its num_heads is 3, not 6"):
+        weights.read(tmp_path / "orbax", weights.Hints(num_heads=6))

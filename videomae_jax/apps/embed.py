@@ -89,7 +89,7 @@ def run(path: str, checkpoint: str, out: str, options: Options) -> dict[str, Any
         raise UserError("--stride and --step must not be negative, --batch must be positive")
     videos = open_videos(path)
     model = weights.load(checkpoint)
-    stride = options.stride or weights.read_recipe(checkpoint).get("stride", 4) or 1
+    stride = options.stride or weights.read_stride(checkpoint, weights.Hints()) or 1
     frames, *size = model.config.clip_size
     step = options.step or frames * stride
     embed = _embedder(model, options)

@@ -32,7 +32,7 @@ def run(path: str, checkpoint: str, *, top: int, segments: int, crops: int, out:
             f"{checkpoint} holds a pretraining model, which has no classes: finetune it first, or use embed"
         )
     frames, height, width = model.config.clip_size
-    stride = weights.read_recipe(checkpoint).get("stride", 4)
+    stride = weights.read_stride(checkpoint, weights.Hints())
     views = pipeline.TestViews(frames, stride, (height, width), segments, crops)
     names, found = model.config.classes, []
     for i, video in enumerate(videos.ids):

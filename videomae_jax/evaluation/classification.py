@@ -5,6 +5,7 @@ Outputs that are not finite are never right: a video with one of them, in any vi
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -12,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 def is_finite(values: Float[np.ndarray, "B ..."]) -> Bool[np.ndarray, " B"]:
     """Whether all values of a video are."""
-    flat: np.ndarray = np.isfinite(values.reshape(len(values), -1))
+    flat: Any = np.isfinite(values.reshape(len(values), -1))  # NumPy's stubs make it one or many
     return flat.all(axis=1)
 
 

@@ -111,7 +111,12 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
         ExportError: there is none, or its format or kind is unknown to this version.
     """
     folder = find(path)
-    meta = json.loads((folder / "meta" / "metadata").read_text())
+    try:
+        meta = json.loads((folder / "meta" / "metadata").read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(f"{folder / 'meta'} is damaged ({type(error).__name__}): save it again") from None
+    if not isinstance(meta, dict):
+        raise ExportError(f"{folder / 'meta'} is damaged (no object): save it again")
     if meta.get("format") != FORMAT or meta.get("kind") not in _KINDS:
         raise ExportError(
             f"{folder} has format {meta.get('format')} and kind {meta.get('kind')}; this version reads "
@@ -123,7 +128,10 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 def read_config(path: str | os.PathLike) -> ModelConfig:
     """The config of the model in an export, checkpoint or work folder. Raises as `read_metadata`."""
     meta = read_metadata(path)
-    return _KINDS[meta["kind"]][1].from_dict(meta["model"])
+    try:
+        return _KINDS[meta["kind"]][1].from_dict(meta["model"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ExportError(f"{find(path) / 'meta'} is damaged ({error}): save it again") from None
 
 
 def load(path: str | os.PathLike) -> Model:

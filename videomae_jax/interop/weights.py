@@ -15,7 +15,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from videomae_jax.interop import export, torch_file, torch_weights
+from videomae_jax.interop import export, hugging_face, torch_file, torch_weights
 from videomae_jax.interop.export import ExportError, Model, ModelConfig
 from videomae_jax.interop.torch_file import TorchFileError
 from videomae_jax.interop.torch_weights import WeightsError
@@ -32,18 +32,38 @@ DTYPES: dict[str, np.dtype] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Hints:
+    """What PyTorch files do not tell; None: not given either, so as published where that is certain.
+
+    Attributes:
+        num_heads, decoder_num_heads: of unpublished widths.
+        clip_size: (T, H, W); published: (16, 224, 224).
+        classes: names, in order; else they are numbers.
+        stride: frames from one frame of a clip to the next; 0: one of each equal part.
+    """
+
+    num_heads: int | None = None
+    decoder_num_heads: int | None = None
+    clip_size: tuple[int, int, int] | None = None
+    classes: tuple[str, ...] | None = None
+    stride: int | None = None
+
+
 def load(
     path: str | os.PathLike,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
     position_resize: str = "recompute",
+    clip_size: tuple[int, int, int] | None = None,
+    classes: tuple[str, ...] | None = None,
 ) -> Model:
     """Reads a model from whatever holds one; nothing in a file is ever run.
 
     Args:
         path: an Orbax export, checkpoint or work folder; an official `.pth` or `.safetensors` file; a Hugging
             Face folder.
-        num_heads, decoder_num_heads: for files that do not tell (official ones), of unpublished widths.
+        num_heads, decoder_num_heads, clip_size, classes: for files that do not tell, see `Hints`.
         position_resize: table for other clip sizes, "recompute" (published) or "interpolate"; our own exports
             keep their own.
 
@@ -52,10 +72,16 @@ def load(
         TorchFileError: a damaged file, or one that asks for more than tensors.
         WeightsError: tensors that are not exactly those of a VideoMAE; the text names the first.
     """
+    return read(path, Hints(num_heads, decoder_num_heads, clip_size, classes), position_resize)
+
+
+def read(path: str | os.PathLike, hints: Hints, position_resize: str = "recompute") -> Model:
+    """As `load`, with what files do not tell in one."""
     if not _is_torch(pathlib.Path(path)):
         _check_folder(pathlib.Path(path))
+        _check_hints(path, export.read_config(path), hints)
         return export.load(path)
-    config, layout, tensors = _open(pathlib.Path(path), num_heads, decoder_num_heads)
+    config, layout, tensors = _open(pathlib.Path(path), hints)
     try:
         config = dataclasses.replace(config, position_resize=position_resize)
     except ValueError as error:
@@ -72,38 +98,88 @@ def load(
     return nnx.merge(graphdef, unflatten_dict(tree))
 
 
-def read_config(path: str | os.PathLike) -> ModelConfig:
-    """The config of the model that `load` would read. Raises as `load`."""
+def read_config(path: str | os.PathLike, hints: Hints | None = None) -> ModelConfig:
+    """The config of the model that `read` would read. Raises as `load`."""
+    hints = hints or Hints()
     if not _is_torch(pathlib.Path(path)):
         _check_folder(pathlib.Path(path))
-        return export.read_config(path)
-    return _open(pathlib.Path(path), None, None)[0]
+        config = export.read_config(path)
+        _check_hints(path, config, hints)
+        return config
+    return _open(pathlib.Path(path), hints)[0]
 
 
-def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
-    """How the model in `path` was trained; PyTorch files do not tell, so for them the published recipe."""
-    if _is_torch(pathlib.Path(path)):
-        return {"mask": "tube", "mask_ratio": 0.9, "normalize_target": True, "stride": 4}
-    return export.read_metadata(path)["recipe"]
+def _check_hints(path: str | os.PathLike, config: ModelConfig, hints: Hints) -> None:
+    """Refuses to be told otherwise what an export tells itself."""
+    stacks = {"num_heads": config.encoder, "decoder_num_heads": getattr(config, "decoder", None)}
+    told = {name: stack.num_heads for name, stack in stacks.items() if stack}
+    told |= {"clip_size": config.clip_size, "classes": getattr(config, "classes", None)}
+    for name, value in told.items():
+        hint = getattr(hints, name)
+        if hint is not None and hint != value:
+            raise ExportError(f"{path} tells itself that its {name} is {value}, not {hint}: leave it out")
 
 
-def export_torch(model: Model, path: str | os.PathLike, layout: str = "hf", dtype: str = "float32") -> None:
+def published_stride(classes: int) -> int | None:
+    """How the published classifier with that many classes samples frames; None where none is known.
+
+    Something-Something V2 takes one frame of each part (0), HMDB51 every second one, the others every fourth.
+    """
+    return {174: 0, 51: 2, **dict.fromkeys((101, 400, 600, 700, 710), 4)}.get(classes)
+
+
+def read_recipe(path: str | os.PathLike, hints: Hints | None = None) -> dict[str, Any]:
+    """How the model in `path` was trained; PyTorch files do not tell, so for them the published recipe.
+
+    It has no `stride` where that is neither known nor given.
+    """
+    hints = hints or Hints()
+    place = pathlib.Path(path)
+    if not _is_torch(place):
+        recipe = export.read_metadata(path)["recipe"]
+    else:
+        config = read_config(path, hints)
+        stride = published_stride(len(config.classes)) if isinstance(config, ClassifierConfig) else 4
+        normalize = True if place.is_file() else hugging_face.read_config(place).get("norm_pix_loss", True)
+        recipe = {"mask": "tube", "mask_ratio": 0.9, "normalize_target": bool(normalize)}
+        recipe |= {} if stride is None else {"stride": stride}
+    return recipe if hints.stride is None else recipe | {"stride": hints.stride}
+
+
+def read_stride(path: str | os.PathLike, hints: Hints) -> int:
+    """Frames of the file from one frame of a clip to the next, as the model was trained; 0: one of each part.
+
+    Raises:
+        ExportError: it is neither known nor given.
+    """
+    stride = read_recipe(path, hints).get("stride")
+    if stride is None:
+        raise ExportError(
+            f"{path} does not tell how frames are sampled: pass --stride=4 for every fourth (Kinetics), "
+            f"--stride=0 for one of each of equal parts (Something-Something)"
+        )
+    return stride
+
+
+def export_torch(
+    model: Model,
+    path: str | os.PathLike,
+    layout: str = "hf",
+    dtype: str = "float32",
+    normalize_target: bool = True,
+) -> None:
     """Writes a model for PyTorch: "hf" a Hugging Face folder, "official" one .safetensors file.
 
     Args:
         dtype: of the tensors, "float32", "float16" or "bfloat16".
+        normalize_target: what a pretraining model predicts, normalised tubelets or pixels; a folder says it.
 
     Raises:
         ExportError: the path exists, or an unknown dtype.
         WeightsError: an unknown layout, or a model that it has no names for.
     """
     place = pathlib.Path(path)
-    if place.exists():
-        raise ExportError(f"{place} exists: choose another path or remove it")
-    if dtype not in DTYPES:
-        raise ExportError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}")
-    if layout == "official" and place.suffix != ".safetensors":
-        raise ExportError(f"{place}: the official layout is one file, name it .safetensors")
+    _check_target(str(path), layout, dtype)
     params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     flat = {"/".join(key): np.asarray(value) for key, value in flatten_dict(params).items()}
     tensors = torch_weights.to_theirs(flat, model.config, layout)
@@ -114,13 +190,18 @@ def export_torch(model: Model, path: str | os.PathLike, layout: str = "hf", dtyp
         save_file(tensors, place)
         return
     place.mkdir(parents=True)
-    about = _hf_config(model.config) | {"dtype": dtype}
+    about = hugging_face.config_of(model.config) | {"dtype": dtype, "norm_pix_loss": normalize_target}
     (place / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     save_file(tensors, place / "model.safetensors", {"format": "pt"})
 
 
 def convert(
-    source: str, target: str, layout: str, dtype: str = "float32", position_resize: str = "recompute"
+    source: str,
+    target: str,
+    layout: str,
+    dtype: str = "float32",
+    position_resize: str = "recompute",
+    hints: Hints | None = None,
 ) -> Model:
     """Reads any weights and writes them as "orbax" (always float32), "hf" or "official".
 
@@ -129,16 +210,36 @@ def convert(
     Raises:
         ExportError, TorchFileError, WeightsError: see `load` and `export_torch`.
     """
-    model = load(source, position_resize=position_resize)
+    hints = hints or Hints()
+    _check_target(target, layout, dtype)
+    model = read(source, hints, position_resize)
+    recipe = read_recipe(source, hints)
     if layout != "orbax":
-        export_torch(model, target, layout, dtype)
+        normalize = recipe.get("normalize_target", True)
+        if layout == "official" and not normalize:
+            raise ExportError(
+                f"{source}: the official layout cannot tell that the model predicts pixels (norm_pix_loss "
+                f"false): use --layout=hf or orbax"
+            )
+        export_torch(model, target, layout, dtype, normalize)
         return model
     if dtype != "float32":
         raise ExportError(f"an Orbax export holds float32: {dtype} is for --layout=hf and official")
     place = pathlib.Path(source)
     origin = {"source": str(place), "sha256": _digest(place) if place.is_file() else ""}
-    export.save(model, target, read_recipe(source) | {"origin": origin})
+    export.save(model, target, recipe | {"origin": origin})
     return model
+
+
+def _check_target(target: str, layout: str, dtype: str) -> None:
+    """Refuses before anything is read what could not be written."""
+    place = pathlib.Path(target)
+    if place.exists():
+        raise ExportError(f"{place} exists: choose another path or remove it")
+    if dtype not in DTYPES:
+        raise ExportError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}")
+    if layout == "official" and place.suffix != ".safetensors":
+        raise ExportError(f"{place}: the official layout is one file, name it .safetensors")
 
 
 def _digest(path: pathlib.Path) -> str:
@@ -158,58 +259,63 @@ def _check_folder(path: pathlib.Path) -> None:
         raise ExportError(f"{path} holds weight files and no config.json: name one of {', '.join(files[:5])}")
 
 
-def _open(
-    path: pathlib.Path, num_heads: int | None, decoder_num_heads: int | None
-) -> tuple[ModelConfig, str, dict[str, np.ndarray]]:
+def _open(path: pathlib.Path, hints: Hints) -> tuple[ModelConfig, str, dict[str, np.ndarray]]:
     """(config, layout, tensors) of a PyTorch model."""
     # Files do not tell the clip size: it is the published one, and the recomputed position table fits any.
     fields: dict[str, Any] = {
-        "clip_size": (16, 224, 224),
+        "clip_size": hints.clip_size or (16, 224, 224),
         "pixel_mean": _MEAN,
         "pixel_std": _STD,
-        "classes": None,
+        "classes": hints.classes,
     }
+    heads = (hints.num_heads, hints.decoder_num_heads)
     if path.is_file():
         tensors = _read_file(path)
     else:
-        hf = json.loads((path / "config.json").read_text())
-        if hf.get("model_type") != "videomae":
-            raise ExportError(f"{path} holds a model of type {hf.get('model_type')}, not videomae")
+        told, *of_folder = hugging_face.fields(hugging_face.read_config(path), path)
         tensors = _read_folder(path)
-        fields |= _hf_fields(hf)
-        num_heads, decoder_num_heads = fields.pop("num_heads"), fields.pop("decoder_num_heads")
+        given = {name: value for name, value in fields.items() if getattr(hints, name, None) is not None}
+        fields |= told | given
+        heads = tuple(hint or own for hint, own in zip(heads, of_folder, strict=True))
     try:
         cleaned = torch_weights.clean(tensors)
-        return torch_weights.infer(cleaned, num_heads, decoder_num_heads, fields)
-    except WeightsError as error:
+        return torch_weights.infer(cleaned, heads[0], heads[1], fields)
+    except ValueError as error:  # also what the config of a model refuses
         raise WeightsError(f"{path}: {error}") from None
 
 
-def _read_file(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_file(path: pathlib.Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (safetensors.SafetensorError, OSError, TypeError) as error:
+        except Exception as error:  # a header that lies shows as many types
             raise TorchFileError(f"{path} is damaged ({error}): download it again") from None
     if not torch_file.is_torch_file(path):
         raise ExportError(
             f"{path} is no model: pass a .pth or .safetensors file, a Hugging Face folder, or an Orbax export"
         )
-    content = torch_file.read(path)
-    named = [
-        name for name in _CONTAINERS if isinstance(content, dict) and isinstance(content.get(name), dict)
-    ]
-    content = content[named[0]] if named else content
+    content = torch_file.read(path, _tensors_of)
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
     return {str(name): value for name, value in content.items()}
 
 
-def _read_folder(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _tensors_of(content: Any) -> Any:
+    """The model of a checkpoint, without what its optimizer keeps beside it."""
+    named = [
+        name for name in _CONTAINERS if isinstance(content, dict) and isinstance(content.get(name), dict)
+    ]
+    return content[named[0]] if named else content
+
+
+def _read_folder(path: pathlib.Path) -> dict[str, Any]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ExportError(f"{index} is damaged ({error}): download it again") from None
         if any("/" in name or not (path / name).is_file() for name in names):
             raise ExportError(f"{index} names files that are not there: download them again")
         return {name: tensor for file in names for name, tensor in _read_file(path / file).items()}
@@ -217,58 +323,3 @@ def _read_folder(path: pathlib.Path) -> dict[str, np.ndarray]:
     if not found:
         raise ExportError(f"{path} holds no model.safetensors: download it whole")
     return _read_file(found[0])
-
-
-def _hf_fields(hf: dict[str, Any]) -> dict[str, Any]:
-    """What a Hugging Face config says of our config."""
-    size = hf.get("image_size", 224)
-    labels = hf.get("id2label", {})
-    heads = hf.get("num_attention_heads", 12)
-    if hf.get("hidden_size") == 384 and heads == 16:
-        heads = 6  # the recipe of the published small model says 16, its weights were trained with 6
-    return {
-        "clip_size": (hf.get("num_frames", 16), size, size),
-        "norm_epsilon": hf.get("layer_norm_eps", 1e-12),
-        "final_norm_epsilon": 1e-5,  # theirs, whatever layer_norm_eps says
-        "classes": tuple(labels[key] for key in sorted(labels, key=int)) or None,
-        "num_heads": heads,
-        "decoder_num_heads": hf.get("decoder_num_attention_heads", 6),
-    }
-
-
-def _hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json that Hugging Face needs beside the weights."""
-    frames, height, width = config.clip_size
-    if height != width:
-        raise WeightsError(f"Hugging Face's VideoMAE is square, this one {height} x {width}")
-    is_classifier = isinstance(config, ClassifierConfig)
-    names = ("VideoMAEForPreTraining", "VideoMAEForVideoClassification")
-    found: dict[str, Any] = {
-        "architectures": [names[is_classifier]],
-        "model_type": "videomae",
-        "image_size": height,
-        "num_frames": frames,
-        "patch_size": config.tubelet[1],
-        "tubelet_size": config.tubelet[0],
-        "num_channels": config.channels,
-        "hidden_size": config.encoder.width,
-        "num_hidden_layers": config.encoder.depth,
-        "num_attention_heads": config.encoder.num_heads,
-        "intermediate_size": config.encoder.mlp_dim,
-        "hidden_act": "gelu",
-        "layer_norm_eps": config.norm_epsilon,
-        "qkv_bias": True,
-        "norm_pix_loss": True,
-        "use_mean_pooling": config.pooling == "mean" if is_classifier else not config.encoder_norm,
-    }
-    if isinstance(config, ClassifierConfig):
-        found["id2label"] = {str(i): name for i, name in enumerate(config.classes)}
-        found["label2id"] = {name: i for i, name in enumerate(config.classes)}
-    elif config.decoder is not None:
-        found |= {
-            "decoder_hidden_size": config.decoder.width,
-            "decoder_num_hidden_layers": config.decoder.depth,
-            "decoder_num_attention_heads": config.decoder.num_heads,
-            "decoder_intermediate_size": config.decoder.mlp_dim,
-        }
-    return found
