@@ -1,6 +1,10 @@
 """Features and classes of real files: windows, memory, kills, failures, and any classifier."""
 
+import csv
 import json
+import os
+import resource
+import shutil
 
 import clips
 import jax
@@ -13,8 +17,9 @@ from pyarrow import parquet
 import videomae_jax as vm
 from videomae_jax import config as settings
 from videomae_jax.apps import embed, predict
-from videomae_jax.data import augment, decode, pipeline, reading
-from videomae_jax.evaluation.classification import merge_views
+from videomae_jax.data import augment, decode, pipeline, prepared, reading
+from videomae_jax.evaluation.classification import OutputError, merge_views
+from videomae_jax.interop.weights import Hints
 from videomae_jax.models import vit
 
 BACKBONE = {
@@ -68,7 +73,7 @@ def test_windows_are_the_frames_that_they_say(folder):
 @pytest.mark.parametrize("suffix", embed.SUFFIXES)
 def test_features_of_a_folder(folder, backbone, tmp_path, suffix, per_token):
     out = tmp_path / f"features{suffix}"
-    summary = embed.run(str(folder), backbone, str(out), embed.Options(per_token=per_token))
+    summary = embed.run([str(folder)], backbone, str(out), embed.Options(per_token=per_token))
     assert (summary["videos"], summary["videos_failed"], summary["windows"]) == (3, 0, 3 + 2 + 1)
     assert json.loads((tmp_path / f"features{suffix}.json").read_text()) == summary
     if suffix == ".npz":
@@ -104,15 +109,15 @@ def test_a_killed_run_goes_on(folder, backbone, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(embed, "_embed_video", dying)
         with pytest.raises(KeyboardInterrupt):
-            embed.run(str(folder), backbone, str(out), embed.Options())
+            embed.run([str(folder)], backbone, str(out), embed.Options())
     assert not out.exists()
     again = []
     monkeypatch.setattr(
         embed, "_embed_video", lambda video, *args: (again.append(video.name), plain(video, *args))[1]
     )
-    embed.run(str(folder), backbone, str(out), embed.Options())
+    embed.run([str(folder)], backbone, str(out), embed.Options())
     assert len(again) == 1
-    embed.run(str(folder), backbone, str(tmp_path / "whole.npz"), embed.Options())
+    embed.run([str(folder)], backbone, str(tmp_path / "whole.npz"), embed.Options())
     with np.load(out) as one, np.load(tmp_path / "whole.npz") as other:
         assert all((one[name] == other[name]).all() for name in other.files)
 
@@ -125,14 +130,16 @@ def test_memory_does_not_grow_with_the_length(folder, untyped):
     class Counted:
         num_frames = 30
 
-        def read(self, indices):
-            held.append(len(indices))
-            return plain.read(indices)
+        def each(self, indices):
+            for frame in plain.each(indices):
+                held.append(frame)
+                yield frame
 
-    list(embed.windows(Counted(), 4, 2, 1, (16, 16)))
+    windows = embed.windows(Counted(), 4, 2, 1, (16, 16))
+    for start, _ in windows:
+        assert len(held) == start + 7  # of one pass, no frame is decoded before it is needed
     plain.__exit__(None, None, None)
-    assert max(held) <= 4
-    assert sum(held) <= 30
+    assert len(held) == 30
 
 
 def test_videos_that_cannot_be_decoded_are_named(folder, backbone, tmp_path, capsys):
@@ -140,34 +147,38 @@ def test_videos_that_cannot_be_decoded_are_named(folder, backbone, tmp_path, cap
     copy.mkdir()
     (copy / "b.mp4").write_bytes((folder / "b.mp4").read_bytes())
     (copy / "broken.mp4").write_bytes(b"nothing")
-    summary = embed.run(str(copy), backbone, str(tmp_path / "f.npz"), embed.Options())
+    summary = embed.run([str(copy)], backbone, str(tmp_path / "f.npz"), embed.Options())
     assert (summary["videos"], summary["videos_failed"]) == (1, 1)
     assert "broken.mp4" in summary["failed"]
     assert "broken.mp4" in capsys.readouterr().out
     (copy / "b.mp4").unlink()
     with pytest.raises(settings.UserError, match="none of the 1 videos"):
-        embed.run(str(copy), backbone, str(tmp_path / "g.npz"), embed.Options())
+        embed.run([str(copy)], backbone, str(tmp_path / "g.npz"), embed.Options())
     assert not list(tmp_path.glob("*.parts"))
 
 
 def test_one_file_and_wrong_uses(folder, backbone, tmp_path):
     summary = embed.run(
-        str(folder / "a.mp4"), backbone, str(tmp_path / "f.npz"), embed.Options(stride=1, step=4)
+        [str(folder / "a.mp4")],
+        backbone,
+        str(tmp_path / "f.npz"),
+        embed.Options(step=4, hints=Hints(stride=1)),
     )
     assert summary["windows"] == 7
     with pytest.raises(settings.UserError, match=r"unknown suffix: use \.npz, \.parquet"):
-        embed.run(str(folder), backbone, str(tmp_path / "f.csv"), embed.Options())
+        embed.run([str(folder)], backbone, str(tmp_path / "f.csv"), embed.Options())
     with pytest.raises(settings.UserError, match="must not be negative"):
-        embed.run(str(folder), backbone, str(tmp_path / "f.npz"), embed.Options(step=-1))
+        embed.run([str(folder)], backbone, str(tmp_path / "f.npz"), embed.Options(step=-1))
 
 
 def test_predict(folder, classifier, backbone, tmp_path):
-    out = tmp_path / "predictions.json"
-    found = predict.run(str(folder), classifier, top=2, segments=2, crops=3, out=str(out))
-    assert json.loads(out.read_text()) == found
+    out, said = tmp_path / "predictions.json", []
+    found = predict.run([str(folder)], classifier, str(out), predict.Options(top=2, segments=2), said.append)
+    assert said == found
+    assert json.loads(out.read_text()) == [{k: row[k] for k in row if k != "identity"} for row in found]
     assert [row["id"] for row in found] == ["a.mp4", "b.mp4", "short.mp4"]
     model = vm.load(classifier)
-    source = embed.open_videos(str(folder))
+    source = prepared.open_source(str(folder), "train")
     views = pipeline.TestViews(4, 2, (32, 32), 2, 3).map((0, source[0]))["video"]
     scores = merge_views(np.asarray(model(jnp.asarray(views)))[None], "softmax")[0]
     best = int(scores.argmax())
@@ -175,7 +186,169 @@ def test_predict(folder, classifier, backbone, tmp_path):
     np.testing.assert_allclose(found[0]["classes"][0]["score"], scores[best], rtol=1e-4)
     assert len(found[0]["classes"]) == 2
     with pytest.raises(settings.UserError, match="holds a pretraining model, which has no classes"):
-        predict.run(str(folder), backbone, top=2, segments=1, crops=1, out="")
+        predict.run([str(folder)], backbone, "", predict.Options(), print)
     with pytest.raises(settings.UserError, match="must be positive"):
-        predict.run(str(folder), classifier, top=0, segments=1, crops=1, out="")
+        predict.run([str(folder)], classifier, "", predict.Options(top=0), print)
     assert jax.device_count() == 8
+
+
+def rows_of(path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
+
+
+def test_parts_belong_to_files_weights_and_options(folder, backbone, tmp_path, monkeypatch):
+    """A killed run of other weights, or of a file that has changed since, gives nothing to the next one."""
+    videos, out = tmp_path / "videos", tmp_path / "f.npz"
+    shutil.copytree(folder, videos)
+    weights = tmp_path / "weights"
+    shutil.copytree(backbone, weights)
+    plain, calls = embed._embed_video, []
+
+    def dying(video, *args):
+        if video.name == "short.mp4":
+            raise KeyboardInterrupt
+        calls.append(video.name)
+        return plain(video, *args)
+
+    def killed():
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(embed, "_embed_video", dying)
+            with pytest.raises(KeyboardInterrupt):
+                embed.run([str(videos)], str(weights), str(out), embed.Options())
+        return calls[:]
+
+    assert killed() == ["a.mp4", "b.mp4"]
+    assert killed() == []  # both are there
+    shutil.copy(videos / "a.mp4", videos / "b.mp4")
+    assert killed() == ["b.mp4"]
+    noise = np.random.default_rng(1).integers(0, 256, (30, 40, 56, 3), dtype=np.uint8)
+    clips.write(videos / "a.mp4", noise, g=7)
+    assert killed() == ["a.mp4"]  # the same name, another file
+    shutil.rmtree(weights)
+    config = vm.load(backbone).config
+    vm.save(vm.VideoMAE(config, rngs=nnx.Rngs(1)), weights, {"stride": 2})
+    assert killed() == ["a.mp4", "b.mp4"]
+    embed.run([str(videos)], str(weights), str(out), embed.Options())
+    embed.run([str(videos)], str(weights), str(tmp_path / "whole.npz"), embed.Options())
+    ours, whole = rows_of(out), rows_of(tmp_path / "whole.npz")
+    assert all((ours[name] == whole[name]).all() for name in whole)
+
+
+@pytest.mark.parametrize("name", ["a.avi", "a.ts", "a.mkv"])
+def test_a_video_is_decoded_once(tmp_path, name, rng, monkeypatch):
+    """Also one without times, or with a single key frame: not from the beginning for every window."""
+    frames = rng.integers(0, 256, (90, 32, 32, 3), dtype=np.uint8)
+    path = clips.write(tmp_path / name, frames, codec="mpeg4", g=300, bf=2)
+    decoded, plain = [], decode.Video._decode
+
+    def counted(self, *args):
+        for frame in plain(self, *args):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(decode.Video, "_decode", counted)
+    with decode.Video(path) as video:
+        counting = len(decoded)
+        found = [clip for _, clip in embed.windows(video, 4, 2, 3, (32, 32))]
+        assert len(decoded) - counting <= 130  # some B-frames again before each key frame
+        np.testing.assert_array_equal(found[20], video.read([60, 62, 64, 66]))
+
+
+def test_more_videos_than_files_may_be_open(backbone, folder, tmp_path, monkeypatch):
+    """A hundred parts are joined one after the other."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for i in range(100):
+        (videos / f"{i:03}.mp4").symlink_to(folder / "short.mp4")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    plain = embed._join
+
+    def join(*args):
+        there = max(map(int, os.listdir("/proc/self/fd")))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (there + 20, limits[1]))
+        try:
+            return plain(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    monkeypatch.setattr(embed, "_join", join)
+    for suffix in embed.SUFFIXES:
+        out = tmp_path / f"f{suffix}"
+        assert embed.run([str(videos)], backbone, str(out), embed.Options())["windows"] == 100
+
+
+def test_outputs_that_are_not_finite_name_the_video(folder, tmp_path):
+    config = vm.ClassifierConfig(**BACKBONE, classes=("jump", "run"), head_scale=np.inf)
+    vm.save(vm.VideoClassifier(config, rngs=nnx.Rngs(0)), tmp_path / "bad", {"stride": 2})
+    with pytest.raises(OutputError, match=r"bad: the outputs for 1 of 1 videos .* the first is a\.mp4"):
+        predict.run([str(folder)], str(tmp_path / "bad"), "", predict.Options(), print)
+    model = vm.VideoMAE(vm.VideoMAEConfig(**BACKBONE, decoder=None), rngs=nnx.Rngs(0))
+    model.encoder.norm.scale[...] = jnp.full(16, jnp.nan)
+    vm.save(model, tmp_path / "worse", {"stride": 2})
+    with pytest.raises(OutputError, match=r"the first is a\.mp4"):
+        embed.run([str(folder)], str(tmp_path / "worse"), str(tmp_path / "f.npz"), embed.Options())
+
+
+@pytest.mark.parametrize("suffix", predict.SUFFIXES)
+def test_predictions_are_said_at_once_and_go_on_when_killed(folder, classifier, tmp_path, suffix):
+    out, said = tmp_path / "new" / f"p{suffix}", []
+
+    def dying(row):
+        said.append(row["id"])
+        if len(said) == 2:
+            raise KeyboardInterrupt
+
+    paths = [str(folder / "a.mp4"), str(folder / "b.mp4"), str(folder / "short.mp4")]
+    options = predict.Options(segments=1, crops=1)
+    with pytest.raises(KeyboardInterrupt):
+        predict.run(paths, classifier, str(out), options, dying)
+    assert not out.exists()
+    again = []
+    found = predict.run(paths, classifier, str(out), options, lambda row: again.append(row["id"]))
+    assert again == [f"{paths[2]}/short.mp4"]
+    assert [row["id"] for row in found] == [f"{path}/{path.rpartition('/')[2]}" for path in paths]
+    assert list(out.parent.iterdir()) == [out]
+    if suffix == ".csv":
+        rows = list(csv.DictReader(out.read_text().splitlines()))
+        assert [row["class 1"] for row in rows] == [row["classes"][0]["name"] for row in found]
+    elif suffix == ".parquet":
+        assert parquet.read_table(out)["classes"].to_pylist() == [row["classes"] for row in found]
+
+
+def test_divided_folders_are_taken_whole_or_in_part(folder, classifier, backbone, tmp_path):
+    for part, name in (("train", "a"), ("val", "b")):
+        (tmp_path / part).mkdir()
+        shutil.copy(folder / f"{name}.mp4", tmp_path / part / "v.mp4")
+    options = {"segments": 1, "crops": 1}
+    found = predict.run([str(tmp_path)], classifier, "", predict.Options(**options), lambda row: None)
+    assert [row["id"] for row in found] == ["train/v.mp4", "validation/v.mp4"]
+    one = predict.Options(**options, split="validation")
+    assert [row["id"] for row in predict.run([str(tmp_path)], classifier, "", one, lambda row: None)] == [
+        "v.mp4"
+    ]
+    out = tmp_path / "out" / "f.npz"
+    assert embed.run([str(tmp_path)], backbone, str(out), embed.Options())["videos"] == 2
+    for split, text in (
+        ("test", "has no part test: it has train, validation"),
+        ("x", "--split=x is unknown"),
+    ):
+        with pytest.raises(settings.UserError, match=text):
+            embed.run([str(tmp_path)], backbone, str(out), embed.Options(split=split))
+    with pytest.raises(settings.UserError, match="is not divided: leave --split=train out"):
+        embed.run([str(folder)], backbone, str(out), embed.Options(split="train"))
+
+
+def test_what_cannot_be_written_is_refused_before_any_work(
+    folder, backbone, classifier, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(embed.weights, "read", None)
+    (tmp_path / "file").write_text("x")
+    text, out = r"--out=.* cannot be written", tmp_path / "file"
+    with pytest.raises(settings.UserError, match=text):
+        embed.run([str(folder)], backbone, str(out / "f.npz"), embed.Options())
+    with pytest.raises(settings.UserError, match=text):
+        predict.run([str(folder)], classifier, str(out / "p.json"), predict.Options(), print)
+    with pytest.raises(settings.UserError, match=r"unknown suffix: use \.json, \.csv, \.parquet"):
+        predict.run([str(folder)], classifier, str(tmp_path / "p.txt"), predict.Options(), print)

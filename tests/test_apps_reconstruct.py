@@ -13,6 +13,7 @@ import videomae_jax as vm
 from videomae_jax.apps import reconstruct
 from videomae_jax.config import UserError
 from videomae_jax.evaluation import reconstruction
+from videomae_jax.interop.weights import Hints
 from videomae_jax.models import masking, tubelets, vit
 
 CONFIG = vm.VideoMAEConfig(
@@ -165,11 +166,11 @@ def test_the_command(model, tmp_path):
         model, tmp_path / "model", {"mask": "tube", "mask_ratio": 0.75, "normalize_target": True, "stride": 2}
     )
     path = clips.write(tmp_path / "v.mp4", clips.numbered_frames(20))
-    settings = {"statistics": "", "mask": "", "mask_ratio": 0.0, "stride": 0, "start": 1.0, "seed": 0}
+    settings = {"statistics": "", "mask": "", "mask_ratio": 0.0, "start": 1.0, "seed": 0, "hints": Hints()}
     panels = reconstruct.run(path, str(tmp_path / "model"), str(tmp_path / "out.gif"), **settings)
     assert panels.statistics == "true"
     assert clips.frame_numbers(panels.original[0]) == [10, 12, 14, 16]
-    settings |= {"start": -1.0, "stride": 1, "mask": "frame", "mask_ratio": 0.5}
+    settings |= {"start": -1.0, "hints": Hints(stride=1), "mask": "frame", "mask_ratio": 0.5}
     panels = reconstruct.run(path, str(tmp_path / "model"), str(tmp_path / "out.png"), **settings)
     assert clips.frame_numbers(panels.original[0]) == [8, 9, 10, 11]
     vm.save(model, tmp_path / "bare")

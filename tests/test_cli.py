@@ -1,5 +1,9 @@
 """Wrong uses, each one line on stderr and status 2."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from conftest import ROOT
 
@@ -37,7 +41,7 @@ def use(monkeypatch, capsys):
         (["train", "--workdir=W", f"{DEBUG}:data=/nowhere"], "/nowhere does not exist"),
         (["train", "--workdir=W", DEBUG, "--config.task=dance"], "task='dance' is unknown: use pretrain"),
         (["train", "--workdir=W", DEBUG, "--config.data.path="], "data.path is empty"),
-        (["train", "--workdir=W", DEBUG, "--config.mask.ratio=1.0"], "hides 16 of 16"),
+        (["train", "--workdir=W", DEBUG, "--config.mask.ratio=1.0"], "mask.ratio=1.0 is out of range"),
         (["train", "--workdir=W", DEBUG, "--config.data.frames=7"], "(7, 32, 32) cannot be cut"),
         (["train", "--workdir=W", DEBUG, "--config.mesh.data=3"], "does not use the 8 devices"),
         (
@@ -56,7 +60,7 @@ def use(monkeypatch, capsys):
         (["train", "--workdir=W", DEBUG, *ODD, "--config.mesh.fsdp=8"], "does not divide axis 0 of params/"),
         (
             ["train", "--workdir=W", DEBUG, "--config.mesh.step_limit=-1"],
-            "mesh.step_limit=-1 must be at least",
+            "mesh.step_limit=-1 is out of range",
         ),
         (["train", "--workdir=W", DEBUG, "--config.log.profile=20:10"], "log.profile='20:10' is empty: use"),
         (
@@ -69,6 +73,17 @@ def use(monkeypatch, capsys):
         ),
         (["train", "--workdir=W", DEBUG, "--hosts=2/2@a:1"], "--hosts=2/2@a:1 is none of auto, tpu, slurm"),
         (["train", "--workdir=/dev/null/x", f"{DEBUG}:data=SHAPES"], "/dev/null"),
+        (
+            ["train", "--workdir=gs://b/W", DEBUG],
+            "--workdir=gs://b/W: work folders are local or mounted: mount",
+        ),
+        (["evaluate", "--workdir=gs://b/W", f"{DEBUG}:task=finetune"], "work folders are local or mounted"),
+        (["train", "--workdir=W", DEBUG, "--config.optim.lr=nan"], "optim.lr=nan is out of range"),
+        (["train", "--workdir=W", DEBUG, "--config.data.size=32"], "data.size=[32] must be 2 numbers"),
+        (["embed", "v.mp4", "--checkpoint=C", "--out=f.npz", "--clip_size=8"], "use FRAMES,HEIGHT,WIDTH"),
+        (["predict", "v.mp4", "--checkpoint=C", "--stride=-1"], "--stride=-1 must be at least 0"),
+        (["predict", "--checkpoint=C"], "predict takes VIDEOS..., not none"),
+        (["predict", "SHAPES", "SHAPES", "--checkpoint=C"], "name a video twice"),
         (["evaluate", DEBUG], "evaluate needs --workdir=..."),
         (["evaluate", "--workdir=W", DEBUG], "evaluate tests classifiers, not task=pretrain"),
         (["evaluate", "--workdir=W", f"{DEBUG}:task=finetune"], "W holds no model"),
@@ -96,6 +111,18 @@ def test_wrong_use_is_one_line_and_status_2(use, monkeypatch, tmp_path, shapes, 
     assert error.count("\n") == 1
     assert status == 2
     assert list(tmp_path.rglob("*")) == []  # nothing half-made is left behind
+
+
+def test_a_platform_that_is_not_there_is_one_line(tmp_path):
+    """In a process of its own: JAX has chosen its devices here."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
+    for argv in (["doctor"], ["train", DEBUG, f"--workdir={tmp_path / 'W'}"], ["convert", "a", "b"]):
+        words = [sys.executable, "-m", "videomae_jax", *argv]
+        found = subprocess.run(words, env=environment, capture_output=True, text=True)
+        (line,) = found.stderr.splitlines()[-1:]
+        assert line.startswith("videomae_jax: JAX finds no device for JAX_PLATFORMS=cuda ("), found.stderr
+        assert "EXTRAS=cuda" in line
+        assert found.returncode == 2
 
 
 def test_help(use):

@@ -14,7 +14,7 @@ import clips
 import numpy as np
 import pytest
 
-from videomae_jax.data import pipeline, processes, randaugment, sources
+from videomae_jax.data import decode, pipeline, processes, randaugment, reading, sources
 
 CLIP = pipeline.PretrainClip(frames=4, stride=1, size=(16, 16))
 MIDDLE = pipeline.MiddleClip(frames=4, stride=1, size=(16, 16))
@@ -307,3 +307,41 @@ def test_clips_are_merged_without_a_copy():
     assert merged["label"].tolist() == [0, 0, 1, 1, 2, 2]
     assert merged["index"].tolist() == list(range(6))
     assert merged["index"].dtype == np.uint32
+
+
+def test_repeated_augmentation_decodes_once(tmp_path, monkeypatch):
+    """As published: the clips of a video show the same frames, each augmented by itself."""
+    path = clips.write(tmp_path / "a.mp4", clips.numbered_frames(40, 32, 32))
+    reads, plain = [], decode.Video.read
+    monkeypatch.setattr(decode.Video, "read", lambda self, *args: reads.append(1) or plain(self, *args))
+    clip = pipeline.FinetuneClip(4, 2, (16, 16), flip=False, erasing=0.0, clips_per_video=3)
+    record = {"video": path, "name": "a", "label": 0, "record": 0, "error": ""}
+    made = clip.random_map((0, record), np.random.default_rng(0))["video"]
+    numbers = [clips.frame_numbers(one) for one in made]
+    assert numbers[0] == numbers[1] == numbers[2]
+    assert len(reads) == 1
+
+
+def test_reading_is_tried_again_and_decoding_is_not(tmp_path, monkeypatch):
+    path = clips.write(tmp_path / "a.mp4", clips.numbered_frames(8, 32, 32))
+    tries, plain = [], reading.open_video
+    monkeypatch.setattr(reading, "_PAUSES", (0.0, 0.0))
+    clip = pipeline.MiddleClip(4, 1, (16, 16))
+    record = {"video": path, "name": "a", "label": 0, "record": 0, "error": ""}
+    for kind, failures, weight in (
+        (decode.ReadError, 2, 1),
+        (decode.ReadError, 3, 0),
+        (decode.DecodeError, 1, 0),
+    ):
+        tries.clear()
+
+        def opened(*args, kind=kind, failures=failures):
+            tries.append(1)
+            if len(tries) <= failures:
+                raise kind("outage")
+            return plain(*args)
+
+        monkeypatch.setattr(reading, "open_video", opened)
+        made = clip.map((0, record))
+        assert made["weight"] == weight
+        assert len(tries) == (3 if kind is decode.ReadError else 1)

@@ -290,7 +290,6 @@ def test_videos_that_could_not_be_read_are_tried_again(videos, done, tmp_path, m
     root, out = tmp_path / "own0", tmp_path / "out"
     shutil.copytree(videos, root)
     away = [root / "train" / "walk" / f"{i}.mp4" for i in (2, 4)]
-    monkeypatch.setattr(prepare, "_PAUSES", ())
     job = command._job(str(root), str(out), command.Options(shard_videos=3))
     for path in away:  # after the folder was looked through
         path.rename(path.with_suffix(".away"))

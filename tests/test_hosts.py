@@ -247,3 +247,66 @@ def test_auto_finds_slurm_and_tpu(surroundings, starts, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: called.append(args))
     sharding.start_hosts("auto")
     assert called == ([()] if starts else [])
+
+
+def hold(path) -> subprocess.Popen:
+    """Another process that holds a lock until it is ended."""
+    script = (
+        "import pathlib, sys, time\nfrom videomae_jax.hosts import Lock\n"
+        "with Lock(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_two_runs_in_one_folder(tmp_path, debug_config):
+    """The second is refused and names the first; one that was killed is taken over at once."""
+    from videomae_jax.training import loop
+
+    work = tmp_path / "run"
+    other = hold(work / ".lock")
+    debug_config.optim.update(duration=2, warmup=1)
+    try:
+        for _ in range(2):
+            with pytest.raises(
+                UserError, match=rf"process {other.pid} on {socket.gethostname()} works with .*run"
+            ):
+                loop.run(debug_config, work, time.time())
+        assert [path.name for path in work.iterdir()] == [".lock"]
+    finally:
+        other.kill()
+        other.communicate()
+    assert (work / ".lock").exists()
+    assert loop.run(debug_config, work, time.time())["step"] == 2
+    assert not (work / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "age", "is_held"),
+    [
+        ({"host": "elsewhere", "pid": 1, "started": "1"}, 10, True),
+        ({"host": "elsewhere", "pid": 1, "started": "1"}, 1000, False),
+        (
+            {"host": socket.gethostname(), "pid": os.getpid(), "started": "another process with this number"},
+            1,
+            False,
+        ),
+        (None, 10, True),  # just being written
+        (None, 1000, False),
+    ],
+)
+def test_locks_that_are_stale(tmp_path, other, age, is_held):
+    path = tmp_path / "folder" / ".lock"
+    path.parent.mkdir()
+    path.write_text(json.dumps(other) if other else "{")
+    os.utime(path, (time.time() - age,) * 2)
+    if is_held:
+        with pytest.raises(UserError, match="works with"), hosts.Lock(path):
+            pass
+        assert path.exists()
+    else:
+        with hosts.Lock(path):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+        assert not path.exists()
+        assert path.parent.exists()

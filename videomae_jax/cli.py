@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import sys
 import time
 import traceback
@@ -17,8 +18,8 @@ _USAGE = """usage: python -m videomae_jax COMMAND [--flag=value ...]
   train        --config=configs/small.py --workdir=DIR     train any task; resumes by itself
   evaluate     --config=... --workdir=DIR                  multi-view test of a finetuned classifier
   reconstruct  VIDEO --checkpoint=PATH --out=FILE          picture of a masked clip (.gif, .mp4, .png)
-  embed        VIDEO_OR_FOLDER --checkpoint=PATH --out=FILE features of windows (.npz, .parquet)
-  predict      VIDEO_OR_FOLDER --checkpoint=PATH          classes by name, from any classifier
+  embed        VIDEOS... --checkpoint=PATH --out=FILE      features of windows (.npz, .parquet)
+  predict      VIDEOS... --checkpoint=PATH [--out=FILE]    classes by name (.json, .csv, .parquet)
   convert      SRC DST --layout=orbax|hf|official          weights from and to other layouts
   prepare      SRC DST                                     videos to shards that are fast to read; --check
   doctor       --data=PATH --workdir=DIR                   what this machine has, and whether it works
@@ -26,6 +27,7 @@ _USAGE = """usage: python -m videomae_jax COMMAND [--flag=value ...]
 COMMAND --help lists its flags; --debug shows the traceback of an error."""
 
 
+_SPLIT_HELP = "Part of a divided folder: train, validation, test, or all."
 _HOSTS_HELP = "Processes of the run: auto, tpu, slurm, or I/N@HOST:PORT (this one is I of N)."
 
 
@@ -34,7 +36,7 @@ def _train(values: Any, _arguments: list[str], started: float) -> None:
     _start_hosts(values.hosts)
     from videomae_jax.training import loop
 
-    loop.run(values.config, pathlib.Path(values.workdir), started)
+    loop.run(values.config, _workdir(values), started)
 
 
 def _train_flags(values: flags.FlagValues) -> None:
@@ -45,6 +47,16 @@ def _train_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("hosts", "auto", _HOSTS_HELP, flag_values=values)
 
 
+def _workdir(values: Any) -> pathlib.Path:
+    """The work folder; a URL would silently become a folder called like it."""
+    if "://" in values.workdir:
+        raise flags.Error(
+            f"--workdir={values.workdir}: work folders are local or mounted: mount the bucket (gcsfuse), or "
+            f"copy the folder there afterwards"
+        )
+    return pathlib.Path(values.workdir)
+
+
 def _start_hosts(hosts: str) -> None:
     from videomae_jax import sharding
 
@@ -52,6 +64,56 @@ def _start_hosts(hosts: str) -> None:
         sharding.start_hosts(hosts)
     except ValueError as error:
         raise flags.Error(str(error)) from None
+    _find_devices()
+
+
+def _find_devices() -> None:
+    """Says in one line what JAX raises in many ways where the devices that are asked for are not there."""
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise flags.Error(
+            f"JAX finds no device{f' for JAX_PLATFORMS={asked}' if asked else ''} ({reason}): unset it to "
+            f"use what there is, or install what is missing with EXTRAS=cuda or EXTRAS=tpu launch/local.sh"
+        ) from None
+
+
+def _hints_flags(values: flags.FlagValues) -> None:
+    """What PyTorch files do not tell, on every command that takes weights."""
+    number, text = flags.DEFINE_integer, flags.DEFINE_string
+    number("num_heads", None, "Heads of the encoder, for files that do not tell.", flag_values=values)
+    number("decoder_num_heads", None, "Heads of the decoder, likewise.", flag_values=values)
+    text("clip_size", "", "FRAMES,HEIGHT,WIDTH of a clip, likewise.", flag_values=values)
+    text(
+        "classes",
+        "",
+        "Names of the classes, A,B,... or a file with one a line, likewise.",
+        flag_values=values,
+    )
+    help_text = "Frames from one frame of a clip to the next; 0: one of each equal part; default as trained."
+    number("stride", None, help_text, flag_values=values)
+
+
+def _hints(values: Any) -> Any:
+    from videomae_jax.interop import weights
+
+    sizes = tuple(int(size) for size in re.findall(r"\d+", values.clip_size))
+    if values.clip_size and (len(sizes) != 3 or not re.fullmatch(r"\d+,\d+,\d+", values.clip_size)):
+        raise flags.Error(f"--clip_size={values.clip_size} is not understood: use FRAMES,HEIGHT,WIDTH")
+    for name in ("num_heads", "decoder_num_heads", "stride"):
+        value, least = getattr(values, name), int(name != "stride")
+        if value is not None and value < least:
+            raise flags.Error(f"--{name}={value} must be at least {least}")
+    names = values.classes.split(",") if values.classes else []
+    if os.path.isfile(values.classes):
+        names = pathlib.Path(values.classes).read_text(encoding="utf-8").splitlines()
+    classes = tuple(name.strip() for name in names if name.strip())
+    size = (sizes[0], sizes[1], sizes[2]) if sizes else None
+    return weights.Hints(values.num_heads, values.decoder_num_heads, size, classes or None, values.stride)
 
 
 def _evaluate(values: Any, _arguments: list[str], _started: float) -> None:
@@ -59,25 +121,28 @@ def _evaluate(values: Any, _arguments: list[str], _started: float) -> None:
     _start_hosts(values.hosts)
     from videomae_jax.training import evaluate
 
-    evaluate.run(values.config, pathlib.Path(values.workdir), values.checkpoint)
+    evaluate.run(values.config, _workdir(values), values.checkpoint, _hints(values))
 
 
 def _evaluate_flags(values: flags.FlagValues) -> None:
     _train_flags(values)
+    _hints_flags(values)
     help_text = "Export, checkpoint or work folder; default WORKDIR/best."
     flags.DEFINE_string("checkpoint", "", help_text, flag_values=values)
 
 
 def _reconstruct(values: Any, arguments: list[str], _started: float) -> None:
     _compile_cache()
+    _find_devices()
     from videomae_jax.apps import reconstruct
 
-    names = ("statistics", "mask", "mask_ratio", "stride", "start", "seed")
+    names = ("statistics", "mask", "mask_ratio", "start", "seed")
     panels = reconstruct.run(
         arguments[0],
         values.checkpoint,
         values.out,
         **{name: getattr(values, name) for name in names},
+        hints=_hints(values),
     )
     figures = "  ".join(f"{name} {value:.2f} dB" for name, value in panels.psnr().items())
     print(f"{values.out}: {panels.statistics} statistics  {figures}")
@@ -92,19 +157,20 @@ def _reconstruct_flags(values: flags.FlagValues) -> None:
     define("mask", "", "tube, random or frame; default as trained.", flag_values=values)
     help_text = "Share of places hidden; default as trained."
     flags.DEFINE_float("mask_ratio", 0.0, help_text, flag_values=values)
-    flags.DEFINE_integer("stride", 0, "Frames between frames; default as trained.", flag_values=values)
     help_text = "Seconds into the video; default: its middle."
     flags.DEFINE_float("start", -1.0, help_text, flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of the mask.", flag_values=values)
+    _hints_flags(values)
 
 
 def _embed(values: Any, arguments: list[str], _started: float) -> None:
     _compile_cache()
+    _find_devices()
     from videomae_jax.apps import embed
 
-    names = ("stride", "step", "per_token", "batch")
-    options = embed.Options(**{name: getattr(values, name) for name in names})
-    summary = embed.run(arguments[0], values.checkpoint, values.out, options)
+    names = ("step", "per_token", "batch", "split")
+    options = embed.Options(**{name: getattr(values, name) for name in names}, hints=_hints(values))
+    summary = embed.run(arguments, values.checkpoint, values.out, options)
     failed = f", {summary['videos_failed']} could not be decoded" if summary["videos_failed"] else ""
     print(f"{values.out}: {summary['windows']} windows of {summary['videos']} videos{failed}")
 
@@ -113,38 +179,45 @@ def _embed_flags(values: flags.FlagValues) -> None:
     number = flags.DEFINE_integer
     flags.DEFINE_string("checkpoint", None, "Weights of any layout.", flag_values=values)
     flags.DEFINE_string("out", None, "File to write: .npz or .parquet.", flag_values=values)
-    number("stride", 0, "Frames between frames; default as trained.", flag_values=values)
     number("step", 0, "Frames between windows; default: no overlap.", flag_values=values)
     flags.DEFINE_bool("per_token", False, "Every token, not their mean.", flag_values=values)
     number("batch", 8, "Windows at once.", flag_values=values)
+    flags.DEFINE_string("split", "all", _SPLIT_HELP, flag_values=values)
+    _hints_flags(values)
 
 
 def _predict(values: Any, arguments: list[str], _started: float) -> None:
     _compile_cache()
+    _find_devices()
     from videomae_jax.apps import predict
 
-    names = ("top", "segments", "crops", "out")
-    for row in predict.run(
-        arguments[0], values.checkpoint, **{name: getattr(values, name) for name in names}
-    ):
+    def say(row: dict[str, Any]) -> None:
         classes = "  ".join(f"{c['name']} {c['score']:.3f}" for c in row["classes"])
-        print(f"{row['id']}: {classes or row['error']}")
+        print(f"{row['id']}: {classes or row['error']}", flush=True)
+
+    names = ("top", "segments", "crops", "split")
+    options = predict.Options(**{name: getattr(values, name) for name in names}, hints=_hints(values))
+    predict.run(arguments, values.checkpoint, values.out, options, say)
 
 
 def _predict_flags(values: flags.FlagValues) -> None:
     number = flags.DEFINE_integer
     flags.DEFINE_string("checkpoint", None, "Classifier of any layout.", flag_values=values)
-    flags.DEFINE_string("out", "", "JSON file to write too.", flag_values=values)
+    flags.DEFINE_string("out", "", "File to write too: .json, .csv or .parquet.", flag_values=values)
+    flags.DEFINE_string("split", "all", _SPLIT_HELP, flag_values=values)
+    _hints_flags(values)
     number("top", 5, "Classes to name.", flag_values=values)
     number("segments", 5, "Clips spread over the video.", flag_values=values)
     number("crops", 3, "Crops of each clip.", flag_values=values)
 
 
 def _convert(values: Any, arguments: list[str], _started: float) -> None:
+    _find_devices()
     from videomae_jax.interop import weights
 
     source, target = arguments
-    model = weights.convert(source, target, values.layout, values.dtype, values.position_resize)
+    how = (values.layout, values.dtype, values.position_resize)
+    model = weights.convert(source, target, *how, hints=_hints(values))
     print(f"{target}: {type(model).__name__}, layout {values.layout}, {model.config}")
 
 
@@ -154,6 +227,7 @@ def _convert_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("dtype", "float32", "Or float16, bfloat16 (hf, official).", flag_values=values)
     help_text = "Positions for other clip sizes: recompute (published) or interpolate."
     flags.DEFINE_string("position_resize", "recompute", help_text, flag_values=values)
+    _hints_flags(values)
 
 
 def _prepare(values: Any, arguments: list[str], _started: float) -> None:
@@ -209,8 +283,8 @@ def _doctor_flags(values: flags.FlagValues) -> None:
 _COMMANDS: dict[str, tuple[Callable, Sequence[str], Sequence[str], Callable]] = {
     "train": (_train_flags, (), ("config", "workdir"), _train),
     "evaluate": (_evaluate_flags, (), ("config", "workdir"), _evaluate),
-    "embed": (_embed_flags, ("VIDEO_OR_FOLDER",), ("checkpoint", "out"), _embed),
-    "predict": (_predict_flags, ("VIDEO_OR_FOLDER",), ("checkpoint",), _predict),
+    "embed": (_embed_flags, ("VIDEOS...",), ("checkpoint", "out"), _embed),
+    "predict": (_predict_flags, ("VIDEOS...",), ("checkpoint",), _predict),
     "convert": (_convert_flags, ("SRC", "DST"), (), _convert),
     "doctor": (_doctor_flags, (), (), _doctor),
     "prepare": (_prepare_flags, ("SRC", "DST"), (), _prepare),
@@ -265,7 +339,8 @@ def main(started: float) -> int:
     try:
         _check_config_file(argv)
         arguments = values([argv[0], *argv[2:]])[1:]
-        if len(arguments) != len(names):
+        takes_more = bool(names) and names[-1].endswith("...")
+        if len(arguments) < len(names) or (len(arguments) > len(names) and not takes_more):
             expected = " ".join(names) or "no argument"
             return _complain(f"{argv[1]} takes {expected}, not {' '.join(arguments) or 'none'}")
         missing = [f"--{name}=..." for name in needed if values[name].value is None]

@@ -13,7 +13,10 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
@@ -184,6 +187,98 @@ class Interrupt:
     def __exit__(self, *_exception: object) -> None:
         if self._is_alone:
             signal.signal(signal.SIGTERM, self._before)
+
+
+class Lock:
+    """A file that says which process works here; use it as a context manager, before anything is written.
+
+    That of a process that is gone is taken over: one of this host is looked up, one of another is gone where
+    the file was not touched for two minutes. Of several hosts of one run, host 0 holds it for all.
+
+    Args:
+        path: of the file, in a folder that exists or can be made.
+
+    Raises:
+        UserError: another process works here.
+    """
+
+    _EVERY, _STALE = 20.0, 120.0  # seconds
+
+    def __init__(self, path: pathlib.Path):
+        self.path, self._stop = path, threading.Event()
+
+    def __enter__(self) -> "Lock":
+        agreed(self._acquire)
+        return self
+
+    def _acquire(self) -> None:
+        if not is_writer():
+            return
+        self._is_new = not self.path.parent.exists()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._take():
+            other = self._other()
+            if other is not None:
+                raise UserError(
+                    f"process {other.get('pid')} on {other.get('host')} works with {self.path.parent} since "
+                    f"{other.get('since')}: wait for it, end it, or use another place (lock {self.path})"
+                )
+            self.path.unlink(missing_ok=True)
+            if not self._take():
+                raise UserError(f"another process has just begun with {self.path.parent}: wait for it")
+        threading.Thread(target=self._touch, daemon=True).start()
+
+    def _take(self) -> bool:
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        mine["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
+        try:
+            with self.path.open("x") as file:
+                json.dump(mine, file)
+        except FileExistsError:
+            return False
+        return True
+
+    def _other(self) -> dict[str, Any] | None:
+        """Who holds the file, if that process is still there."""
+        try:
+            other = json.loads(self.path.read_text())
+            age = self._now() - self.path.stat().st_mtime
+        except FileNotFoundError:
+            return None
+        except ValueError:  # being written, or cut off
+            other, age = {}, self._now() - self.path.stat().st_mtime
+        if other.get("host") == socket.gethostname():
+            return other if other.get("started") == _started(other["pid"]) else None
+        return other if age < self._STALE else None
+
+    def _now(self) -> float:
+        """The time of the file system, which may be another host's."""
+        probe = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink(missing_ok=True)
+        return now
+
+    def _touch(self) -> None:
+        while not self._stop.wait(self._EVERY):
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+
+    def __exit__(self, *_exception: object) -> None:
+        self._stop.set()
+        if is_writer():
+            self.path.unlink(missing_ok=True)
+            if self._is_new:
+                with contextlib.suppress(OSError):  # something was made in it
+                    self.path.parent.rmdir()
+
+
+def _started(pid: int) -> str:
+    """When a process of this host began, in ticks; "" where there is none. Their numbers are used again."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
 
 
 class Watchdog:

@@ -1,6 +1,5 @@
 """Features of videos of any length: windows of a clip's frames, one after the other, to .npz or Parquet."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -8,23 +7,26 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 from flax import nnx
 from jaxtyping import UInt8
 
 from videomae_jax import sharding
+from videomae_jax.apps import videos
 from videomae_jax.config import UserError
-from videomae_jax.data import augment, decode, prepared, reading, sources
+from videomae_jax.data import augment, decode, reading
 from videomae_jax.data.reading import AnyVideo
-from videomae_jax.data.sources import Source
+from videomae_jax.evaluation import classification
+from videomae_jax.hosts import Lock
 from videomae_jax.interop import weights
 
 SUFFIXES = (".npz", ".parquet")
-_READ_AT_ONCE = 32  # frames as large as the file's; the others are kept as small as the model's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,24 +34,18 @@ class Options:
     """How videos are cut into windows.
 
     Attributes:
-        stride: frames of the file from one frame of a window to the next; 0: as the model was trained.
         step: frames of the file from one window to the next; 0: windows without overlap.
         per_token: every token [N, D] of a window, not their mean [D].
         batch: windows at once, rounded up to the devices.
+        split: of a divided folder; "all".
+        hints: what files of weights do not tell; the stride counts for any.
     """
 
-    stride: int = 0
     step: int = 0
     per_token: bool = False
     batch: int = 8
-
-
-def open_videos(path: str) -> Source:
-    """The videos that a path means: one file, a folder, a list, or prepared data."""
-    place = pathlib.Path(path)
-    if place.is_file() and place.suffix.lower() in sources.SUFFIXES:
-        return sources.VideoSource(str(place.parent), (place.name,), (-1,))
-    return prepared.open_source(path, "train")
+    split: str = "all"
+    hints: weights.Hints = dataclasses.field(default_factory=weights.Hints)
 
 
 def windows(
@@ -57,77 +53,90 @@ def windows(
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "T H W 3"]]]:
     """(first frame, clip) of each window that lies in the video; one of a video too short, its end repeated.
 
-    The centre of each frame is taken, as in validation. Memory does not grow with the length of the video.
+    The centre of each frame is taken, as in validation. The video is decoded once from its beginning; memory
+    holds the frames of a window, as small as the model's, whatever its length.
     """
     span = (frames - 1) * stride + 1
     starts = range(0, max(video.num_frames - span, 0) + 1, step)
+    places = stride * np.arange(frames)
+    last = video.num_frames - 1
+    needed = np.unique(np.minimum(np.add.outer(np.arange(0, starts.stop, step), places), last))
+    coming = zip(needed.tolist(), video.each(needed.tolist()), strict=True)
     held: dict[int, np.ndarray] = {}
     for start in starts:
         held = {index: frame for index, frame in held.items() if index >= start}
-        wanted = np.minimum(start + stride * np.arange(frames), video.num_frames - 1)
-        absent = sorted(set(wanted.tolist()) - set(held))
-        for first in range(0, len(absent), _READ_AT_ONCE):
-            part = absent[first : first + _READ_AT_ONCE]
-            held |= dict(zip(part, augment.validation_crop(video.read(part), size), strict=True))
+        wanted = np.minimum(start + places, last)
+        while int(wanted[-1]) not in held:
+            index, frame = next(coming)
+            held[index] = augment.validation_crop(frame[None], size)[0]
         yield start, np.stack([held[int(index)] for index in wanted])
 
 
-def run(path: str, checkpoint: str, out: str, options: Options) -> dict[str, Any]:
+def run(paths: Sequence[str], checkpoint: str, out: str, options: Options) -> dict[str, Any]:
     """Writes the features of every window of every video, with ids and seconds; returns what was done.
 
-    Arrays (.npz) or columns (.parquet): id, start and end in seconds, features (float32). OUT.json has counts
-    and the videos that could not be decoded. A video that is done is kept in OUT.parts until all are, so a
-    killed run goes on.
+    Arrays (.npz) or columns (.parquet): id, start and end in seconds (NaN where the file has no times),
+    features (float32). OUT.json has counts and the videos that could not be decoded. A video that is done is
+    kept in OUT.parts until all are, so a killed run goes on, with the same files, weights and options only.
 
     Raises:
         UserError: another suffix, a size that does not fit, or no video that can be decoded.
+        OutputError: features that are not finite.
     """
     target = pathlib.Path(out)
     if target.suffix not in SUFFIXES:
         raise UserError(f"--out={out} has an unknown suffix: use {', '.join(SUFFIXES)}")
-    if min(options.stride, options.step) < 0 or options.batch < 1:
+    if options.step < 0 or options.batch < 1 or (options.hints.stride or 0) < 0:
         raise UserError("--stride and --step must not be negative, --batch must be positive")
-    videos = open_videos(path)
-    model = weights.load(checkpoint)
-    stride = options.stride or weights.read_stride(checkpoint, weights.Hints()) or 1
+    videos.make_room(target)
+    named = videos.find(paths, options.split)
+    model = weights.read(checkpoint, options.hints)
+    # A model that was trained on parts of videos (stride 0) is shown consecutive frames.
+    stride = weights.read_stride(checkpoint, options.hints) or 1
     frames, *size = model.config.clip_size
     step = options.step or frames * stride
     embed = _embedder(model, options)
     parts = target.with_name(target.name + ".parts")
-    identity = json.dumps([str(checkpoint), stride, step, options.per_token, videos.fingerprint()])
-    _claim(parts, identity)
-    failed = {}
-    for record in (videos[i] for i in range(len(videos))):
-        part = parts / f"{hashlib.sha256(record['name'].encode()).hexdigest()[:24]}.npz"
-        if part.exists():
-            continue
-        try:
-            if record["error"]:
-                raise decode.DecodeError(record["error"])
-            with reading.open_video(record["video"], record["name"]) as video:
-                rows = _embed_video(video, frames, stride, step, (size[0], size[1]), embed, options.batch)
-        except decode.DecodeError as error:
-            failed[record["name"]] = str(error)
-            print(f"cannot be decoded: {error}", flush=True)
-            continue
-        partial = part.with_suffix(".partial")
-        with partial.open("wb") as file:
-            np.savez(file, **{"id": np.full(len(rows["start"]), record["name"]), **rows})
-        os.replace(partial, part)
-    if len(failed) == len(videos):
+    with Lock(target.with_name(target.name + ".lock")):
+        _claim(parts, json.dumps([_identity(model), stride, step, options.per_token]))
+        done: dict[str, pathlib.Path] = {}
+        failed = {}
+        for video in tqdm.tqdm(named, unit="video", disable=None):
+            part = parts / f"{video.identity()}.npz"
+            if not part.exists():
+                try:
+                    how = (frames, stride, step, (size[0], size[1]), embed, options.batch)
+                    rows = reading.patiently(lambda video=video, how=how: _embed_video(video, *how))
+                except decode.DecodeError as error:
+                    failed[video.name] = str(error)
+                    tqdm.tqdm.write(f"cannot be decoded: {error}")
+                    continue
+                classification.check_finite(rows["features"].reshape(1, -1), [video.name], checkpoint)
+                partial = part.with_suffix(".partial")
+                with partial.open("wb") as file:
+                    np.savez(file, **rows)  # pyright: ignore[reportArgumentType]
+                partial.replace(part)
+            done[video.name] = part
+        if not done:
+            shutil.rmtree(parts)
+            raise UserError(f"none of the {len(named)} videos can be decoded: {next(iter(failed.values()))}")
+        joined = _join(dict(sorted(done.items())), target)
+        summary = {"videos": len(done), "videos_failed": len(failed), "failed": failed, **joined}
+        target.with_name(target.name + ".json").write_text(json.dumps(summary, indent=2) + "\n")
         shutil.rmtree(parts)
-        raise UserError(
-            f"none of the {len(videos)} videos in {path} can be decoded: {next(iter(failed.values()))}"
-        )
-    done = _join(parts, target)
-    summary = {"videos": len(videos) - len(failed), "videos_failed": len(failed), "failed": failed, **done}
-    target.with_name(target.name + ".json").write_text(json.dumps(summary, indent=2) + "\n")
-    shutil.rmtree(parts)
     return summary
 
 
+def _identity(model: Any) -> str:
+    """A hash of a model's parameters and of how they are used."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param))):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _claim(parts: pathlib.Path, identity: str) -> None:
-    """Makes the folder of parts this run's; what another run left is removed."""
+    """Makes the folder of parts this run's; what a run with other weights or options left is removed."""
     name = parts / "identity.json"
     if parts.exists() and (not name.exists() or name.read_text() != identity):
         shutil.rmtree(parts)
@@ -159,7 +168,7 @@ def _embedder(loaded: Any, options: Options) -> Callable[[np.ndarray], np.ndarra
 
 
 def _embed_video(
-    video: AnyVideo,
+    named: videos.Named,
     frames: int,
     stride: int,
     step: int,
@@ -167,48 +176,78 @@ def _embed_video(
     embed: Callable[[np.ndarray], np.ndarray],
     batch: int,
 ) -> dict[str, np.ndarray]:
-    """Seconds and features of a video's windows."""
+    """Seconds and features of a video's windows.
+
+    Raises:
+        DecodeError: the video cannot be decoded.
+    """
     starts, found, waiting = [], [], []
-    for start, clip in windows(video, frames, stride, step, size):
-        starts.append(start)
-        waiting.append(clip)
-        if len(waiting) == batch:
+    with named.open() as video:
+        for start, clip in windows(video, frames, stride, step, size):
+            starts.append(start)
+            waiting.append(clip)
+            if len(waiting) == batch:
+                found.append(embed(np.stack(waiting)))
+                waiting = []
+        if waiting:
             found.append(embed(np.stack(waiting)))
-            waiting = []
-    if waiting:
-        found.append(embed(np.stack(waiting)))
-    last = [min(start + (frames - 1) * stride, video.num_frames - 1) for start in starts]
-    first_time = video.time_of(0) or 0
-    # NaN where the file does not tell: folders of frames.
-    times = [[video.time_of(i) for i in places] for places in (starts, last)]
+        last = [min(start + (frames - 1) * stride, video.num_frames - 1) for start in starts]
+        first_time = video.time_of(0) or 0
+        times = [[video.time_of(i) for i in places] for places in (starts, last)]
     seconds = [[math.nan if t is None else float(t - first_time) for t in row] for row in times]
     return {"start": np.array(seconds[0]), "end": np.array(seconds[1]), "features": np.concatenate(found)}
 
 
-def _join(parts: pathlib.Path, target: pathlib.Path) -> dict[str, Any]:
-    """Writes all parts as one file, videos in the order of their names."""
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(np.load(part)) for part in parts.glob("*.npz")]
-        files.sort(key=lambda rows: str(rows["id"][0]))
-        columns = {
-            name: np.concatenate([rows[name] for rows in files])
-            for name in ("id", "start", "end", "features")
-        }
+def _join(parts: dict[str, pathlib.Path], target: pathlib.Path) -> dict[str, Any]:
+    """Writes all parts, by the names of their videos, as one file; one part at a time is in memory."""
     partial = target.with_name(target.name + ".partial")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.suffix == ".npz":
-        with partial.open("wb") as file:
-            np.savez(file, **columns)  # pyright: ignore[reportArgumentType]
-    else:
-        import pyarrow
-        from pyarrow import parquet
-
-        values = columns.pop("features")
-        table = {name: pyarrow.array(column) for name, column in columns.items()}
-        table["features"] = pyarrow.array(
-            values.reshape(len(values), -1).tolist(), pyarrow.list_(pyarrow.float32())
-        )
-        shape = {"shape": json.dumps(values.shape[1:])}
-        parquet.write_table(pyarrow.table(table).replace_schema_metadata(shape), partial)
+    (_write_arrays if target.suffix == ".npz" else _write_parquet)(parts, partial)
     os.replace(partial, target)
-    return {"windows": len(columns["id"]), "out": str(target)}
+    total = sum(len(_column(part, "start")) for part in parts.values())
+    return {"windows": total, "out": str(target)}
+
+
+def _column(part: pathlib.Path, name: str) -> np.ndarray:
+    with np.load(part) as rows:
+        return rows[name]
+
+
+def _write_arrays(parts: dict[str, pathlib.Path], path: pathlib.Path) -> None:
+    counts = [len(_column(part, "start")) for part in parts.values()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        ids = np.repeat(np.array(list(parts)), counts)
+        with archive.open("id.npy", "w") as file:
+            np.lib.format.write_array(file, ids)
+        for name in ("start", "end", "features"):
+            first = _column(next(iter(parts.values())), name)
+            shape = (sum(counts), *first.shape[1:])
+            header = {"descr": first.dtype.str, "fortran_order": False, "shape": shape}
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in parts.values():
+                    file.write(np.ascontiguousarray(_column(part, name)).tobytes())
+
+
+def _write_parquet(parts: dict[str, pathlib.Path], path: pathlib.Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    writer = None
+    try:
+        for name, part in parts.items():
+            with np.load(part) as rows:
+                values, start, end = rows["features"], rows["start"], rows["end"]
+            width = math.prod(values.shape[1:])
+            offsets = pyarrow.array(np.arange(len(values) + 1, dtype=np.int32) * width)
+            flat = pyarrow.array(values.astype(np.float32).reshape(-1))
+            table = {
+                **{"id": pyarrow.array([name] * len(values)), "start": start, "end": end},
+                "features": pyarrow.ListArray.from_arrays(offsets, flat),
+            }
+            shape = {"shape": json.dumps(values.shape[1:])}
+            table = pyarrow.table(table).replace_schema_metadata(shape)
+            writer = writer or parquet.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+    finally:
+        if writer:
+            writer.close()

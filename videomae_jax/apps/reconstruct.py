@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image, ImageDraw, ImageFont
 
+from videomae_jax.apps import videos
 from videomae_jax.config import UserError
 from videomae_jax.data import augment, decode, sampling
 from videomae_jax.evaluation import classification, reconstruction
@@ -198,17 +199,18 @@ def run(
     statistics: str,
     mask: str,
     mask_ratio: float,
-    stride: int,
     start: float,
     seed: int,
+    hints: weights.Hints,
 ) -> Panels:
     """Draws one clip of a video file as a model reconstructs it.
 
     Args:
         statistics: "" takes "true" for a model trained on normalised tubelets and "raw" for one on pixels.
-        mask, mask_ratio, stride: "" or 0 takes what the model was trained with.
+        mask, mask_ratio: "" or 0 takes what the model was trained with.
         start: seconds into the video at which the clip begins; negative: the clip is the middle of the video.
         seed: of the mask.
+        hints: what a file of weights does not tell; the stride counts for any.
 
     Raises:
         UserError: an unknown file type, or a setting that the model's recipe does not give.
@@ -218,13 +220,16 @@ def run(
     path = pathlib.Path(out)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"--out={out} has an unknown suffix: use {', '.join(SUFFIXES)}")
-    recipe = {"normalize_target": True, **weights.read_recipe(checkpoint)}
-    given = {"mask": mask, "mask_ratio": mask_ratio, "stride": stride}
+    if hints.stride == 0 or mask_ratio < 0 or not mask_ratio < 1:
+        raise UserError("--stride must be at least 1 and --mask_ratio between 0 and 1")
+    videos.make_room(path)
+    recipe = {"normalize_target": True, **weights.read_recipe(checkpoint, hints)}
+    given = {"mask": mask, "mask_ratio": mask_ratio}
     recipe |= {name: value for name, value in given.items() if value}
-    missing = [name for name in given if name not in recipe]
+    missing = [name for name in (*given, "stride") if name not in recipe]
     if missing:
         raise UserError(f"{checkpoint} does not say how it was trained: give --{missing[0]}")
-    model = weights.load(checkpoint)
+    model = weights.read(checkpoint, hints)
     if not isinstance(model, VideoMAE):
         raise UserError(
             f"{checkpoint} holds a classifier, which reconstructs nothing: pass a pretraining model"

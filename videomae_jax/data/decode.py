@@ -6,6 +6,7 @@ does where what a container says turns out wrong: times that are those of decodi
 """
 
 import bisect
+import collections
 import contextlib
 import dataclasses
 import fractions
@@ -242,25 +243,46 @@ class Video:
         wanted = sorted({int(i) for i in indices})
         if not wanted or wanted[0] < 0 or wanted[-1] >= self.num_frames:
             raise IndexError(f"{self.name}: frames {wanted} of {self.num_frames}")
-        to_rgb = ToRgb(choose_box)
-        frames: dict[int, np.ndarray] = {}
-        sizes = set()
-        for found in (self._read_timed, self._read_counted):
-            # Counted: not timed, or key frames that are not enough to start from (intra refresh).
-            for index, frame in found([i for i in wanted if i not in frames]):
-                if frame.is_corrupt:
-                    raise self._error("is damaged (the decoder marks a frame as corrupt)")
-                sizes.add((frame.width, frame.height))
-                if len(sizes) > 1:
-                    raise self._error("changes its frame size")
-                try:
-                    frames[index] = to_rgb(frame)
-                except (FFmpegError, ValueError) as error:
-                    raise self._error("has a frame that cannot be converted to RGB", error) from None
-        missing = [i for i in wanted if i not in frames]
-        if missing:
-            raise self._error(f"frame {missing[0]} of {self.num_frames} is damaged")
+        frames = dict(zip(wanted, self.each(wanted, choose_box), strict=True))
         return np.stack([frames[int(i)] for i in indices])
+
+    def each(self, wanted: Sequence[int], choose_box: ChooseBox | None = None) -> Iterator[np.ndarray]:
+        """The frames at rising indices, as `read` has them, one after the other in one pass over the file.
+
+        Raises:
+            DecodeError: a wanted frame cannot be decoded.
+        """
+        to_rgb, size, left = ToRgb(choose_box), None, collections.deque(wanted)
+        for index, frame in self._found(list(wanted)):
+            if index != left[0]:
+                break
+            left.popleft()
+            if frame.is_corrupt:
+                raise self._error("is damaged (the decoder marks a frame as corrupt)")
+            size = size or (frame.width, frame.height)
+            if size != (frame.width, frame.height):
+                raise self._error("changes its frame size")
+            try:
+                image = to_rgb(frame)
+            except (FFmpegError, ValueError) as error:
+                raise self._error("has a frame that cannot be converted to RGB", error) from None
+            yield image
+        if left:
+            raise self._error(f"frame {left[0]} of {self.num_frames} is damaged")
+
+    def _found(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(index, frame) of what can be decoded of rising indices.
+
+        Counted from the first on that cannot be had by its time: of a file without times, or whose key frames
+        are not enough to start from (intra refresh) or none.
+        """
+        done = 0
+        for index, frame in self._read_timed(wanted):
+            if index != wanted[done]:
+                break
+            yield index, frame
+            done += 1
+        yield from self._read_counted(wanted[done:])
 
     @property
     def time_base(self) -> fractions.Fraction | None:
@@ -285,20 +307,16 @@ class Video:
         """
         if first and self._is_timed:
             last = self.num_frames if last is None else last
-            for index, frame in self._read_timed(list(range(first, last))):
-                if index != first:
-                    break
-                yield frame
-                first += 1
-            if first == last:
-                return
+            yield from (frame for _, frame in self._found(list(range(first, last))))
+            return
         self._container.close()
         self._open()
         yield from itertools.islice(self._decode(self._demux()), first, last)
 
     def _read_counted(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        asked = set(wanted)
         for index, frame in enumerate(self.frames()) if wanted else ():
-            if index in wanted:
+            if index in asked:
                 yield index, frame
             if index == wanted[-1]:
                 return

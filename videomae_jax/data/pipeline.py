@@ -60,7 +60,8 @@ class PretrainClip(grain.transforms.RandomMap):
 class FinetuneClip(grain.transforms.RandomMap):
     """Record -> augmented clips of one video, by the published finetuning recipe.
 
-    Each clip has its own frames, operations, crop, flip and erasing box; the video is opened once.
+    As published, the clips of a video show the same frames, decoded once; each has its own operations, crop,
+    flip and erasing box.
 
     Attributes:
         frames: frames per clip.
@@ -88,15 +89,15 @@ class FinetuneClip(grain.transforms.RandomMap):
         """As `PretrainClip.random_map`; `erase` int32 [R, 4] is (top, left, height, width) of each clip."""
 
         def clips(video: AnyVideo) -> np.ndarray:
-            return np.stack([self._clip(video, rng) for _ in range(self.clips_per_video)])
+            frames = video.read(_clip_frames(video.num_frames, self.frames, self.stride, rng))
+            return np.stack([self._clip(frames, rng) for _ in range(self.clips_per_video)])
 
         shape = (self.clips_per_video, self.frames, *self.size, 3)
         boxes = [augment.erasing_box(*self.size, rng, self.erasing) for _ in range(self.clips_per_video)]
         made = _element(*element, clips, shape)
         return made | {"erase": np.array(boxes, np.int32)}
 
-    def _clip(self, video: AnyVideo, rng: np.random.Generator) -> np.ndarray:
-        frames = video.read(_clip_frames(video.num_frames, self.frames, self.stride, rng))
+    def _clip(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if self.policy:
             frames = randaugment.apply(frames, self.policy, rng)
         top, left, height, width = augment.random_resized_box(
@@ -213,9 +214,7 @@ def _element(
         error = record["error"]
         try:
             if not error:
-                with reading.open_video(record["video"], record["name"]) as video:
-                    num_frames = video.num_frames
-                    made = clips(video)
+                num_frames, made = reading.patiently(lambda: _read(record, clips))
         except decode.DecodeError as reason:
             error = str(reason)
     return {
@@ -227,6 +226,11 @@ def _element(
         "error": error,
         "num_frames": np.int32(num_frames),
     }
+
+
+def _read(record: Record, clips: Callable[[AnyVideo], np.ndarray]) -> tuple[int, np.ndarray]:
+    with reading.open_video(record["video"], record["name"]) as video:
+        return video.num_frames, clips(video)
 
 
 def _merged(batch: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import os
 import pathlib
 import shutil
 import signal
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -25,11 +24,10 @@ from typing import Any
 
 import tqdm
 
-from videomae_jax.data import decode, prepared, processes, records, transcode
+from videomae_jax.data import decode, prepared, processes, reading, records, transcode
 from videomae_jax.data.collection import Collection, Entry
 
 _REPORTS, _SETTINGS, _PARTIAL = ".reports", "prepare.json", ".partial-"
-_PAUSES = (0.2, 1.0)  # seconds, before a video that could not be read is tried again
 
 
 class PrepareError(ValueError):
@@ -145,15 +143,10 @@ class Failure:
 def encode(entry: Entry, form: transcode.Form) -> transcode.Encoded | Failure:
     """The stored form of a video, or why there is none."""
     start, end = entry.seconds or (None, None)
-    for pause in (*_PAUSES, None):
-        try:
-            return transcode.transcode(entry.path, form, start, end)
-        except decode.DecodeError as error:
-            is_final = not isinstance(error, decode.ReadError)
-            if is_final or pause is None:
-                return Failure(str(error), is_final)
-        time.sleep(pause)
-    raise AssertionError
+    try:
+        return reading.patiently(lambda: transcode.transcode(entry.path, form, start, end))
+    except decode.DecodeError as error:
+        return Failure(str(error), is_final=not isinstance(error, decode.ReadError))
 
 
 def write_shard(job: Job, shard: Shard, videos: Iterator[transcode.Encoded | Failure]) -> None:

@@ -6,8 +6,10 @@ import io
 import os
 import re
 import stat
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import av
 import numpy as np
@@ -88,7 +90,15 @@ class FrameFolder:
         wanted = sorted({int(i) for i in indices})
         if not wanted or wanted[0] < 0 or wanted[-1] >= self.num_frames:
             raise IndexError(f"{self.name}: frames {wanted} of {self.num_frames}")
-        frames: dict[int, np.ndarray] = {}
+        frames = dict(zip(wanted, self.each(wanted, choose_box), strict=True))
+        return np.stack([frames[int(i)] for i in indices])
+
+    def each(self, wanted: Sequence[int], choose_box: rgb.ChooseBox | None = None) -> Iterator[np.ndarray]:
+        """As `decode.Video.each`.
+
+        Raises:
+            DecodeError: an image cannot be read, or has another size than the first.
+        """
         box, size = None, None
         for index in wanted:
             file = self._files[index]
@@ -105,8 +115,7 @@ class FrameFolder:
             if choose_box is not None:
                 box = box or choose_box(*frame.shape[:2])
                 frame = rgb.crop(frame, box)
-            frames[index] = frame
-        return np.stack([frames[int(i)] for i in indices])
+            yield frame
 
 
 def _image(data: bytes) -> np.ndarray:
@@ -120,6 +129,7 @@ def _image(data: bytes) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
+T = TypeVar("T")
 AnyVideo = decode.Video | FrameFolder
 
 
@@ -148,6 +158,24 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         raise decode.ReadError(
             f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"
         ) from None
+
+
+_PAUSES = (0.1, 0.5)  # seconds, before what could not be read is read again
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` returns; tried again after short pauses where a file could not be read.
+
+    Raises:
+        ReadError: it could not be read the last time either.
+        DecodeError: it cannot be decoded; that is not tried again.
+    """
+    for pause in _PAUSES:
+        try:
+            return read()
+        except decode.ReadError:
+            time.sleep(pause)
+    return read()
 
 
 def open_video(source: str | bytes, name: str = "video") -> AnyVideo:

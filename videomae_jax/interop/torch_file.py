@@ -398,7 +398,7 @@ class _Storages:
             raise TorchFileError(f"storage {storage.key} is not where the zip says")
         start = info.header_offset + 30 + sum(struct.unpack("<2H", header[26:30]))
         data = self.mapped[start : start + size]
-        if len(data) != size or zlib.crc32(memoryview(data)) != info.CRC:
+        if len(data) != size or zlib.crc32(data.data) != info.CRC:
             raise TorchFileError(f"storage {storage.key} is damaged: download the file again")
         return np.frombuffer(data, storage.dtype)
 

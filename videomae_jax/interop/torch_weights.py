@@ -273,12 +273,14 @@ def infer(
     num_heads: int | None,
     decoder_num_heads: int | None,
     fields: Mapping[str, Any],
+    heads_by_width: Mapping[int, int],
 ) -> tuple[ModelConfig, str, dict[str, np.ndarray]]:
     """(config, layout, tensors under the table's names) of cleaned tensors.
 
     Args:
         num_heads, decoder_num_heads: None where they follow from a published width.
         fields: of the config, what tensors do not tell: clip_size, classes, epsilons, pixel statistics.
+        heads_by_width: of encoders, where they neither follow nor are given.
 
     Raises:
         WeightsError: not a VideoMAE, or head counts that must be given.
@@ -299,7 +301,9 @@ def infer(
     )
     shared = {
         "tubelet": tuple(tubelet),
-        "encoder": vit.Stack(num_heads=_heads("num_heads", num_heads, width, _HEADS), **encoder),
+        "encoder": vit.Stack(
+            num_heads=_heads("num_heads", num_heads, width, {**heads_by_width, **_HEADS}), **encoder
+        ),
         "layer_scale": float(f"{prefix}blocks.0.gamma_1" in names),
         **fields,
     }
@@ -339,5 +343,5 @@ def _stack(tensors: Mapping[str, np.ndarray], prefix: str, layout: str, width: i
 
 def _heads(name: str, given: int | None, width: int, published: Mapping[int, int]) -> int:
     if given is None and width not in published:
-        raise WeightsError(f"the file does not tell the heads of its {width} wide blocks: pass {name}=...")
+        raise WeightsError(f"the file does not tell the heads of its {width} wide blocks: pass --{name}=...")
     return published[width] if given is None else given

@@ -48,7 +48,8 @@ def read(path: str | os.PathLike, config: ClassifierConfig, names: list[str]) ->
         ExportError: `path` holds no model.
         TransferError: weights of another size or kind, naming what differs.
     """
-    model = weights.load(path)
+    encoder = config.encoder
+    model = weights.read(path, weights.Hints(heads_by_width={encoder.width: encoder.num_heads}))
     theirs = model.config
     differences = [
         f"{name}: {_plain(getattr(theirs, name))} there, {_plain(getattr(config, name))} here"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,6 +42,7 @@ class Hints:
         clip_size: (T, H, W); published: (16, 224, 224).
         classes: names, in order; else they are numbers.
         stride: frames from one frame of a clip to the next; 0: one of each equal part.
+        heads_by_width: heads of an encoder that is so wide, where neither given nor published.
     """
 
     num_heads: int | None = None
@@ -48,6 +50,7 @@ class Hints:
     clip_size: tuple[int, int, int] | None = None
     classes: tuple[str, ...] | None = None
     stride: int | None = None
+    heads_by_width: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
 
 def load(
@@ -269,6 +272,7 @@ def _open(path: pathlib.Path, hints: Hints) -> tuple[ModelConfig, str, dict[str,
         "classes": hints.classes,
     }
     heads = (hints.num_heads, hints.decoder_num_heads)
+    others = hints.heads_by_width
     if path.is_file():
         tensors = _read_file(path)
     else:
@@ -279,7 +283,7 @@ def _open(path: pathlib.Path, hints: Hints) -> tuple[ModelConfig, str, dict[str,
         heads = tuple(hint or own for hint, own in zip(heads, of_folder, strict=True))
     try:
         cleaned = torch_weights.clean(tensors)
-        return torch_weights.infer(cleaned, heads[0], heads[1], fields)
+        return torch_weights.infer(cleaned, heads[0], heads[1], fields, others)
     except ValueError as error:  # also what the config of a model refuses
         raise WeightsError(f"{path}: {error}") from None
 

@@ -18,11 +18,14 @@ from videomae_jax.training import report, splits, tasks, testing
 from videomae_jax.training.finetune import Finetune, summarize
 
 
-def run(config: Config, workdir: pathlib.Path, checkpoint: str) -> dict[str, Any]:
+def run(
+    config: Config, workdir: pathlib.Path, checkpoint: str, hints: weights.Hints | None = None
+) -> dict[str, Any]:
     """Tests a classifier on `evaluate.split` and writes evaluation.json, predictions.csv and confusion.png.
 
     Args:
-        checkpoint: export, checkpoint or work folder; "" for WORKDIR/best, or WORKDIR where there is none.
+        checkpoint: export, checkpoint, work folder, or file; "" for WORKDIR/best, or WORKDIR without one.
+        hints: what a file does not tell.
 
     Raises:
         UserError: no classifier, videos that cannot be decoded (unless allowed), or settings that do not fit.
@@ -34,7 +37,10 @@ def run(config: Config, workdir: pathlib.Path, checkpoint: str) -> dict[str, Any
         raise UserError(f"evaluate tests classifiers, not task={config.task}: use configs/finetune.py")
     is_best = not checkpoint and (workdir / "best").is_dir()
     path = checkpoint or str(workdir / "best" if is_best else workdir)
-    made = weights.read_config(path)
+    hints = dataclasses.replace(
+        hints or weights.Hints(), heads_by_width=tasks.hints_of(config).heads_by_width
+    )
+    made = weights.read_config(path, hints)
     if not isinstance(made, ClassifierConfig):
         raise UserError(
             f"{path} holds a pretraining model, which has no trained head: finetune it first (train "
@@ -60,7 +66,7 @@ def run(config: Config, workdir: pathlib.Path, checkpoint: str) -> dict[str, Any
     report.say(
         f"evaluate: {len(source)} videos, {views.segments} x {views.crops} views, {path}, {task.describe()}"
     )
-    params: Any = nnx.to_pure_dict(nnx.state(weights.load(path), nnx.Param))
+    params: Any = nnx.to_pure_dict(nnx.state(weights.read(path, hints), nnx.Param))
     outputs = testing.Evaluator(task.outputs, source, views, config, mesh).run(jax.device_get(params))
     if outputs.num_failed and not config.evaluate.allow_failed:
         first = next(iter(outputs.failed.values()), "")

@@ -1,5 +1,6 @@
 """One loop for every task: set up, restore, step; look at the numbers one step late."""
 
+import contextlib
 import json
 import pathlib
 import time
@@ -36,8 +37,9 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
     phases = _Phases(started)
     config = tasks.with_dtype(settings.resolve(config))
     if config.task == "probe":
-        return probe.run(config, workdir, started)
-    with hosts.Interrupt() as interrupt:
+        with hosts.Lock(workdir / ".lock"):
+            return probe.run(config, workdir, started)
+    with hosts.Interrupt() as interrupt, contextlib.ExitStack() as stack:
         mesh = tasks.make_mesh(config)
         _check_batch(config, mesh)
         weights = str(workdir) if any(workdir.glob("checkpoints/[0-9]*/meta")) else config.init_from
@@ -45,6 +47,7 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
         planned = tasks.make_task(config, weights=weights)
         _check_parts(config, planned, mesh)
         report.Profile(workdir, config.log.profile)
+        stack.enter_context(hosts.Lock(workdir / ".lock"))
         phases.end("set-up")
         videos = hosts.agreed(lambda: splits.open_splits(config))
         schedule = settings.finalize(config, len(videos.train))

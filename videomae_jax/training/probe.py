@@ -47,7 +47,11 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
     if jax.process_count() > 1:
         raise UserError("a probe runs on one host: start it on one")
     mesh = tasks.make_mesh(config)
-    frozen = features.Frozen(config.init_from, weights.load(config.init_from), per_token=kind == "attentive")
+    frozen = features.Frozen(
+        config.init_from,
+        weights.read(config.init_from, tasks.hints_of(config)),
+        per_token=kind == "attentive",
+    )
     videos = splits.open_splits(config)
     clip = (config.data.frames, config.data.stride, tuple(config.data.size))
     views = pipeline.TestViews(*clip, config.evaluate.segments, 1)

@@ -58,6 +58,12 @@ def with_dtype(config: Config) -> Config:
     return config
 
 
+def hints_of(config: Config) -> stored.Hints:
+    """What the settings tell of weights whose files do not."""
+    encoder = config.model.encoder
+    return stored.Hints(heads_by_width={encoder.width: encoder.num_heads})
+
+
 def make_mesh(config: Config) -> jax.sharding.Mesh:
     """The mesh that the settings ask for.
 
@@ -151,7 +157,7 @@ def _pretrain(config: Config) -> Pretrain:
 
 def _finetune(config: Config, train: Source | None, weights: str) -> Finetune:
     head, augment, loss = config.head, config.augment, config.loss
-    made = stored.read_config(weights) if weights else None
+    made = stored.read_config(weights, hints_of(config)) if weights else None
     model = ClassifierConfig.from_dict(
         backbone(config)
         | {

@@ -1,0 +1,122 @@
+"""The videos that a command is given: files, folders, lists, prepared data; all parts of them or one."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+from videomae_jax.config import UserError
+from videomae_jax.data import decode, prepared, reading, sources
+from videomae_jax.data.reading import AnyVideo
+from videomae_jax.data.sources import Record, Source
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A video of a source, under a name that no other one has."""
+
+    name: str
+    source: Source
+    index: int
+
+    def record(self) -> Record:
+        """The video."""
+        return self.source[self.index]
+
+    def open(self) -> AnyVideo:
+        """The open video.
+
+        Raises:
+            DecodeError: it cannot be opened.
+        """
+        record = self.record()
+        if record["error"]:
+            raise decode.DecodeError(record["error"])
+        return reading.open_video(record["video"], record["name"])
+
+    def identity(self) -> str:
+        """A hash of the name, and of the file's place, size and time (of a prepared one, of its content)."""
+        facts: list[object] = [self.name]
+        record = self.record()
+        if isinstance(record["video"], str):
+            path = record["video"]
+            facts.append(path)
+            if not sources.is_remote(path):
+                paths = (
+                    [path, *sorted(entry.path for entry in os.scandir(path))]
+                    if os.path.isdir(path)
+                    else [path]
+                )
+                stats = [os.stat(place) for place in paths if os.path.exists(place)]
+                facts += [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+        else:
+            facts.append(hashlib.sha256(record["video"]).hexdigest())
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+
+
+def find(paths: Sequence[str], split: str) -> list[Named]:
+    """The videos of one file, folder, list or prepared data set after the other; says what is left out.
+
+    Names are those of the sources, after `split/` where a folder is divided, and after the path where there
+    are several.
+
+    Args:
+        split: the part of what is divided: train, validation, test; all.
+
+    Raises:
+        UserError: an unknown split, or one that is not there.
+        SourceError: nothing to read.
+    """
+    if split not in (*SPLITS, "all"):
+        raise UserError(f"--split={split} is unknown: use {', '.join(SPLITS)} or all")
+    found = []
+    for path in paths:
+        prefix = f"{path}/" if len(paths) > 1 else ""
+        for part, source in _sources(path, split).items():
+            for note in source.notes:
+                print(note, flush=True)
+            names = [f"{prefix}{part}{name}" for name in source.ids]
+            found += [Named(name, source, index) for index, name in enumerate(names)]
+    repeated = {video.name for video in found} if len({video.name for video in found}) < len(found) else ()
+    if repeated:
+        raise UserError(f"{', '.join(paths)} name a video twice: pass each once")
+    return found
+
+
+def _sources(path: str, split: str) -> dict[str, Source]:
+    """The sources of a path, by what their names begin with."""
+    place = pathlib.Path(path)
+    if place.is_file() and place.suffix.lower() in sources.SUFFIXES:
+        return {"": sources.VideoSource(str(place.parent), (place.name,), (-1,))}
+    there = [part for part in SPLITS if prepared.has_split(path, part)]
+    if not there:
+        if split != "all":
+            raise UserError(f"{path} is not divided: leave --split={split} out")
+        return {"": prepared.open_source(path, "train")}
+    wanted = there if split == "all" else [split]
+    if not set(wanted) <= set(there):
+        raise UserError(f"{path} has no part {split}: it has {', '.join(there)}")
+    return {f"{part}/" if len(wanted) > 1 else "": prepared.open_source(path, part) for part in wanted}
+
+
+def make_room(target: pathlib.Path) -> None:
+    """Makes the folder of a file that will be written, and sees that it can be.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe = target.with_name(f".{target.name}.{os.getpid()}")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--out={target} cannot be written ({error.strerror or error}): choose another"
+        ) from None
+    if target.is_dir():
+        raise UserError(f"--out={target} is a folder: name a file")
