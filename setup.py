@@ -15,7 +15,7 @@ setup(
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1",
-        "array-record>=0.8",
+        "array-record>=0.8.6,<0.9",  # its own reader of gs:// is tested with this one
         "av>=18",
         "etils[epath]>=1.9",
         "flax>=0.12.8,<0.13",

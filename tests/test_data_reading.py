@@ -1,6 +1,11 @@
 """Whatever holds a video is opened in one way: folders of frames and remote files beside local ones."""
 
+import contextlib
+import http.server
 import pathlib
+import shutil
+import threading
+import urllib.parse
 
 import clips
 import numpy as np
@@ -10,7 +15,8 @@ from fsspec.implementations import dirfs, local
 from fsspec.registry import _registry
 from PIL import Image
 
-from videomae_jax.data import decode, pipeline, prepared, reading, sources
+from videomae_jax.data import decode, pipeline, prepare, prepared, reading, sources, transcode
+from videomae_jax.data.collection import Collection, Entry
 
 CLIP = pipeline.MiddleClip(frames=4, stride=1, size=(16, 16))
 
@@ -71,10 +77,10 @@ def test_sources_find_folders_of_frames(tmp_path):
     assert listed[1]["video"] == str(tmp_path / "videos/run/c")
 
 
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """gs://bucket, held by a local folder."""
-    folder = tmp_path / "remote"
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    """gs://bucket, held by a local folder; once, for libraries keep a file system that they have opened."""
+    folder = tmp_path_factory.mktemp("remote")
     (folder / "bucket").mkdir(parents=True)
 
     class Bucket(dirfs.DirFileSystem):
@@ -87,9 +93,10 @@ def bucket(tmp_path, monkeypatch):
         def _strip_protocol(cls, path):
             return str(path).removeprefix("gs://")
 
-    for protocol in ("gs", "gcs"):
-        monkeypatch.setitem(_registry, protocol, Bucket)
-    return folder / "bucket"
+    with pytest.MonkeyPatch.context() as patch:
+        for protocol in ("gs", "gcs"):
+            patch.setitem(_registry, protocol, Bucket)
+        yield folder / "bucket"
 
 
 def test_remote_folders_lists_and_files(bucket):
@@ -110,3 +117,71 @@ def test_remote_folders_lists_and_files(bucket):
     ]
     with pytest.raises(decode.DecodeError, match=r"gs://bucket/videos/x\.mp4: cannot be read"):
         reading.open_video("gs://bucket/videos/x.mp4")
+
+
+@pytest.fixture
+def endpoint(bucket, monkeypatch):
+    """Answers ArrayRecord's own reader of gs:// as Google's storage does, on this machine; notes what."""
+    sent = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            place = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+            name = place.removeprefix("/storage/v1/b/bucket/o/")
+            if not (bucket / name).is_file():
+                self.send_response(404)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            data = (bucket / name).read_bytes()
+            first, last = (self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")
+            start = int(first) if first else max(len(data) - int(last), 0)
+            part = data[start : int(last) + 1 if first and last else len(data)]
+            self.send_response(206)
+            self.send_header("Content-Length", str(len(part)))
+            self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")
+            self.send_header("x-goog-generation", "1")
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the reader hangs up when it has what it wants
+                self.wfile.write(part)
+                sent.append((name, len(part)))
+
+        def log_message(self, *_):
+            pass
+
+        def handle(self):
+            with contextlib.suppress(OSError):
+                super().handle()
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield sent
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_prepared_data_in_a_bucket(bucket, endpoint, tmp_path):
+    """Shards by ArrayRecord's own reader, all else through the file system: the same videos as locally."""
+    videos = [clips.write(tmp_path / "in" / f"{i}.mp4", clips.numbered_frames(6 + i)) for i in range(5)]
+    entries = [Entry(f"{i}.mp4", path, i % 2) for i, path in enumerate(videos)]
+    collection = Collection("own", {"train": entries}, ("a", "b"))
+    prepare.run(prepare.Job(collection, str(tmp_path / "set"), transcode.Form(), 2), 1)
+    shutil.copytree(tmp_path / "set", bucket / "set")
+    local = prepared.open_source(str(tmp_path / "set"), "train")
+    remote = prepared.open_source("gs://bucket/set", "train")
+    assert (remote.ids, remote.labels, remote.classes) == (local.ids, local.labels, local.classes)
+    assert remote.fingerprint() == local.fingerprint()
+    for i in (4, 0, 2):
+        assert remote[i] == local[i]
+        assert remote[i]["error"] == ""
+    assert {name for name, _ in endpoint} >= {
+        f"set/own-train.array_record-0000{i}-of-00003" for i in (0, 1, 2)
+    }
+    (bucket / "set" / "own-train.array_record-00001-of-00003").unlink()
+    prepared._shards.cache_clear()
+    assert "own-train.array_record-00001-of-00003, record 0 (2.mp4): cannot be read" in remote[2]["error"]
