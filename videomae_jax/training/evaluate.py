@@ -62,6 +62,8 @@ def run(
     }
     task = dataclasses.replace(planned, model=dataclasses.replace(made, **use))
     mesh = tasks.make_mesh(config)
+    if hosts.is_writer():
+        workdir.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     views = task.test_views(config.evaluate.segments, config.evaluate.crops)
     report.say(
         f"evaluate: {len(source)} videos, {views.segments} x {views.crops} views, {path}, {task.describe()}"
@@ -79,7 +81,6 @@ def run(
         "split": config.evaluate.split,
     }
     if hosts.is_writer():
-        workdir.mkdir(parents=True, exist_ok=True)
         predictions.write(workdir, result, outputs.scores(source, made.head), source)
     report.say(f"{predictions.line(result)}; see {workdir / 'evaluation.json'}")
     return result

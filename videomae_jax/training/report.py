@@ -22,10 +22,19 @@ from videomae_jax.config import UserError
 
 
 def write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file whole or not at all; a number that is not finite, which JSON lacks, is null."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=2) + "\n")
+    partial.write_text(json.dumps(finite(data), indent=2, allow_nan=False) + "\n")
     os.replace(partial, path)
+
+
+def finite(value: Any) -> Any:
+    """The same data with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def keep_lines(path: pathlib.Path, last_step: int) -> int:
@@ -255,8 +264,7 @@ class Report:
         if self._log is None or self._board is None:
             return
         # A skipped step's loss is not a number, and NaN is not JSON.
-        line = {name: value if math.isfinite(value) else None for name, value in self.last.items()}
-        self._log.write(json.dumps(line) + "\n")
+        self._log.write(json.dumps(finite(self.last)) + "\n")
         self._log.flush()
         self._board.scalars({name: value for name, value in self.last.items() if name != "step"}, step)
 
