@@ -111,7 +111,9 @@ def test_without_randomness_a_stream_is_the_same_for_any_seed(folder):
 
 def test_lists_with_several_labels_and_with_numbers(folder, tmp_path):
     listed = tmp_path / "multi.csv"
-    listed.write_text(f"path,label\n{folder}/x/a.mp4,jump;run\n{folder}/x/b.mp4,run\n{folder}/x/short.mp4,;\n")
+    listed.write_text(
+        f"path,label\n{folder}/x/a.mp4,jump;run\n{folder}/x/b.mp4,run\n{folder}/x/short.mp4,;\n"
+    )
     source = prepared.open_source(str(listed), "train", "multilabel")
     assert source.classes == ("jump", "run")
     assert source.targets == ((1, 1), (0, 1), (0, 0))

@@ -19,6 +19,7 @@ from videomae_jax import config as settings
 from videomae_jax.data import pipeline, sources
 from videomae_jax.evaluation.classification import OutputError
 from videomae_jax.interop import export, transfer
+from videomae_jax.interop.weights import Hints
 from videomae_jax.training import evaluate, loop, report, splits, tasks, testing
 from videomae_jax.training.finetune import Finetune
 
@@ -376,7 +377,15 @@ def test_evaluate(undisturbed, shapes, tmp_path, capsys):
     again = evaluate.run(c, workdir, "")
     assert again["views"] == {"segments": 1, "crops": 1}
     assert again["checkpoint"].endswith("best")
-    assert "evaluate: 8 videos, 1 x 1 views" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "evaluate: 8 videos, 1 x 1 views" in output
+    assert "warning" not in output
+    c.data.stride = 2
+    evaluate.run(c, workdir, "", Hints(stride=0))
+    assert (
+        "was trained with data.stride=0 (0: one frame of each part) and is tested with 2"
+        in capsys.readouterr().out
+    )
 
 
 def test_evaluate_on_a_folder_of_its_own(undisturbed, shapes, tmp_path):

@@ -1,6 +1,7 @@
 """The command `evaluate`: the multi-view test of a trained classifier, as published."""
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -62,8 +63,15 @@ def run(
     }
     task = dataclasses.replace(planned, model=dataclasses.replace(made, **use))
     mesh = tasks.make_mesh(config)
-    if hosts.is_writer():
-        workdir.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    existing = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{existing} cannot be written: choose another --workdir")
+    trained = weights.read_recipe(path, hints).get("stride", config.data.stride)
+    if trained != config.data.stride:
+        report.say(
+            f"warning: {path} was trained with data.stride={trained} (0: one frame of each part) and is "
+            f"tested with {config.data.stride}: set --config.data.stride={trained} to test it as it was trained"
+        )
     views = task.test_views(config.evaluate.segments, config.evaluate.crops)
     report.say(
         f"evaluate: {len(source)} videos, {views.segments} x {views.crops} views, {path}, {task.describe()}"
@@ -81,6 +89,7 @@ def run(
         "split": config.evaluate.split,
     }
     if hosts.is_writer():
+        workdir.mkdir(parents=True, exist_ok=True)
         predictions.write(workdir, result, outputs.scores(source, made.head), source)
     report.say(f"{predictions.line(result)}; see {workdir / 'evaluation.json'}")
     return result
