@@ -70,7 +70,7 @@ def run(
     if trained != config.data.stride:
         report.say(
             f"warning: {path} was trained with data.stride={trained} (0: one frame of each part) and is "
-            f"tested with {config.data.stride}: set --config.data.stride={trained} to test it as it was trained"
+            f"tested with {config.data.stride}: --config.data.stride={trained} tests it as it was trained"
         )
     views = task.test_views(config.evaluate.segments, config.evaluate.crops)
     report.say(
