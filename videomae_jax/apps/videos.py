@@ -75,7 +75,8 @@ def find(paths: Sequence[str], split: str) -> list[Named]:
         raise UserError(f"--split={split} is unknown: use {', '.join(SPLITS)} or all")
     found = []
     for path in paths:
-        prefix = f"{path}/" if len(paths) > 1 else ""
+        folder = os.path.dirname(path) if _is_video(path) else path
+        prefix = f"{folder}/" if len(paths) > 1 and folder else ""
         for part, source in _sources(path, split).items():
             for note in source.notes:
                 print(note, flush=True)
@@ -87,10 +88,14 @@ def find(paths: Sequence[str], split: str) -> list[Named]:
     return found
 
 
+def _is_video(path: str) -> bool:
+    return os.path.isfile(path) and pathlib.Path(path).suffix.lower() in sources.SUFFIXES
+
+
 def _sources(path: str, split: str) -> dict[str, Source]:
     """The sources of a path, by what their names begin with."""
     place = pathlib.Path(path)
-    if place.is_file() and place.suffix.lower() in sources.SUFFIXES:
+    if _is_video(path):
         return {"": sources.VideoSource(str(place.parent), (place.name,), (-1,))}
     there = [part for part in SPLITS if prepared.has_split(path, part)]
     if not there:
