@@ -78,6 +78,7 @@ class Video:
         self._source, self._threads = source, threads
         self._open()
         try:
+            self._has_no_times = self._container.metadata.get("comment") == NO_RATE
             self._rate = self._read_rate()
             self._index()
         except BaseException:
@@ -196,9 +197,9 @@ class Video:
 
     def _read_rate(self) -> fractions.Fraction:
         rate = self._stream.average_rate or self._stream.guessed_rate
-        is_known = rate and self._container.metadata.get("comment") != NO_RATE
-        # PyAV has rationals of its own.
-        return fractions.Fraction(rate.numerator, rate.denominator) if is_known else fractions.Fraction(0)
+        if self._has_no_times or not rate:
+            return fractions.Fraction(0)
+        return fractions.Fraction(rate.numerator, rate.denominator)  # PyAV has rationals of its own
 
     def digest(self) -> str:
         """SHA-256 of the file's bytes.
@@ -218,9 +219,9 @@ class Video:
         """Index of the frame on show `seconds` after the first one; the last frame after the end.
 
         Raises:
-            DecodeError: the file has no frame rate.
+            DecodeError: the file has neither times nor a frame rate.
         """
-        if self._is_timed and self._rate:
+        if self._is_timed and not self._has_no_times:
             time = self._times[0] + seconds / float(self._stream.time_base or 1)
             # Half a tick of tolerance: container times are rounded to ticks.
             index = bisect.bisect_right(self._times, time + 0.5) - 1
@@ -288,11 +289,9 @@ class Video:
     def time_base(self) -> fractions.Fraction | None:
         """Seconds per tick, of `time_of`; None: unknown."""
         base = self._stream.time_base
-        if not self._rate:
-            return None
-        if self._is_timed and base:
+        if self._is_timed and base and not self._has_no_times:
             return fractions.Fraction(base.numerator, base.denominator)
-        return 1 / self._rate
+        return 1 / self._rate if self._rate else None
 
     def time_of(self, index: int) -> fractions.Fraction | None:
         """When frame `index` is shown, in seconds; by the rate where there are no times; None: unknown."""
