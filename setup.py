@@ -34,7 +34,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "gcs": ["gcsfs"],  # to read gs:// paths
+        "gcs": ["gcsfs", "google-cloud-storage"],  # gs:// paths; Orbax removes old checkpoints by the latter
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "beam": ["apache-beam>=2.70"],  # pins older libraries: an environment of its own

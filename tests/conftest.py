@@ -8,8 +8,11 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+import store
 from absl import flags
+from fsspec.registry import _registry
 from jax.sharding import AxisType
+from orbax.checkpoint._src.path import gcs_utils
 
 from videomae_jax import sharding
 from videomae_jax.data import moving_shapes
@@ -59,6 +62,30 @@ def shapes(tmp_path_factory) -> pathlib.Path:
     """A few generated videos: SPLIT/CLASS/NUMBER.mp4."""
     spec = moving_shapes.MovingShapes(size=32, frames=16, videos=32, seed=0)
     return moving_shapes.generate(spec, tmp_path_factory.mktemp("cache"), processes=1)
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory):
+    """gs://bucket as a local folder; one for all tests, for libraries keep a file system that they opened."""
+    folder = tmp_path_factory.mktemp("store")
+    (folder / "bucket").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        for protocol in ("gs", "gcs"):
+            patch.setitem(_registry, protocol, store.file_system(folder))
+        yield folder / "bucket"
+
+
+@pytest.fixture(scope="session")
+def endpoint(bucket):
+    """The same bucket for TensorStore, ArrayRecord and Orbax's remover of old checkpoints."""
+    served = store.Endpoint(bucket)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", served.url)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", served.url)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+        patch.setattr(gcs_utils, "get_bucket", lambda _name: object())
+        yield served
+    served.close()
 
 
 @pytest.fixture

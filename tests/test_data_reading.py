@@ -1,18 +1,12 @@
 """Whatever holds a video is opened in one way: folders of frames and remote files beside local ones."""
 
-import contextlib
-import http.server
 import pathlib
 import shutil
-import threading
-import urllib.parse
 
 import clips
 import numpy as np
 import pytest
 from etils import epath
-from fsspec.implementations import dirfs, local
-from fsspec.registry import _registry
 from PIL import Image
 
 from videomae_jax.data import decode, pipeline, prepare, prepared, reading, sources, transcode
@@ -77,28 +71,6 @@ def test_sources_find_folders_of_frames(tmp_path):
     assert listed[1]["video"] == str(tmp_path / "videos/run/c")
 
 
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory):
-    """gs://bucket, held by a local folder; once, for libraries keep a file system that they have opened."""
-    folder = tmp_path_factory.mktemp("remote")
-    (folder / "bucket").mkdir(parents=True)
-
-    class Bucket(dirfs.DirFileSystem):
-        protocol = "gs"
-
-        def __init__(self, **_options):
-            super().__init__(path=str(folder), fs=local.LocalFileSystem())
-
-        @classmethod
-        def _strip_protocol(cls, path):
-            return str(path).removeprefix("gs://")
-
-    with pytest.MonkeyPatch.context() as patch:
-        for protocol in ("gs", "gcs"):
-            patch.setitem(_registry, protocol, Bucket)
-        yield folder / "bucket"
-
-
 def test_remote_folders_lists_and_files(bucket):
     clips.write(bucket / "videos" / "a.mp4", clips.numbered_frames(8))
     save_frames(bucket / "videos" / "b.1", clips.numbered_frames(8))  # a folder with a dot
@@ -119,52 +91,6 @@ def test_remote_folders_lists_and_files(bucket):
         reading.open_video("gs://bucket/videos/x.mp4")
 
 
-@pytest.fixture
-def endpoint(bucket, monkeypatch):
-    """Answers ArrayRecord's own reader of gs:// as Google's storage does, on this machine; notes what."""
-    sent = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self):
-            place = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-            name = place.removeprefix("/storage/v1/b/bucket/o/")
-            if not (bucket / name).is_file():
-                self.send_response(404)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            data = (bucket / name).read_bytes()
-            first, last = (self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")
-            start = int(first) if first else max(len(data) - int(last), 0)
-            part = data[start : int(last) + 1 if first and last else len(data)]
-            self.send_response(206)
-            self.send_header("Content-Length", str(len(part)))
-            self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")
-            self.send_header("x-goog-generation", "1")
-            self.end_headers()
-            with contextlib.suppress(OSError):  # the reader hangs up when it has what it wants
-                self.wfile.write(part)
-                sent.append((name, len(part)))
-
-        def log_message(self, *_):
-            pass
-
-        def handle(self):
-            with contextlib.suppress(OSError):
-                super().handle()
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    yield sent
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 def test_prepared_data_in_a_bucket(bucket, endpoint, tmp_path):
     """Shards by ArrayRecord's own reader, all else through the file system: the same videos as locally."""
     videos = [clips.write(tmp_path / "in" / f"{i}.mp4", clips.numbered_frames(6 + i)) for i in range(5)]
@@ -179,7 +105,7 @@ def test_prepared_data_in_a_bucket(bucket, endpoint, tmp_path):
     for i in (4, 0, 2):
         assert remote[i] == local[i]
         assert remote[i]["error"] == ""
-    assert {name for name, _ in endpoint} >= {
+    assert {name for name, _ in endpoint.sent} >= {
         f"set/own-train.array_record-0000{i}-of-00003" for i in (0, 1, 2)
     }
     (bucket / "set" / "own-train.array_record-00001-of-00003").unlink()

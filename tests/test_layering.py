@@ -14,16 +14,18 @@ PACKAGE = ROOT / "videomae_jax"
 MAY = {
     "config": set(),
     "sharding": set(),
+    "storage": set(),
     "models": {"models"},
-    "data": {"data"},
-    "hosts": {"config", "data"},
+    "data": {"data", "storage"},
+    "hosts": {"config", "data", "storage"},
     "evaluation": {"evaluation", "models"},
-    "interop": {"interop", "models"},
-    "apps": {"apps", "config", "data", "evaluation", "hosts", "interop", "models", "sharding"},
+    "interop": {"interop", "models", "storage"},
+    "apps": {"apps", "config", "data", "evaluation", "hosts", "interop", "models", "sharding", "storage"},
     "training": {
         *("training", "apps", "config", "data", "evaluation", "hosts", "interop", "models", "sharding"),
+        "storage",
     },
-    "cli": {"apps", "config", "data", "evaluation", "hosts", "interop", "sharding", "training"},
+    "cli": {"apps", "config", "data", "evaluation", "hosts", "interop", "sharding", "storage", "training"},
     "__main__": {"cli"},
     "__init__": {"interop", "models"},
 }

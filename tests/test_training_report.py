@@ -10,7 +10,7 @@ import jax
 import pytest
 from tensorboardX.proto import event_pb2
 
-from videomae_jax import sharding
+from videomae_jax import sharding, storage
 from videomae_jax.config import UserError
 from videomae_jax.training import report
 
@@ -26,7 +26,9 @@ def lines(folder):
 
 
 def test_every_nth_and_the_last_step_are_logged(tmp_path, capsys):
-    log = report.Report(tmp_path, 0, 7, batch_size=4, every=3, flops_per_clip=1e9, dtype="float32")
+    log = report.Report(
+        storage.Growing(tmp_path, []), 0, 7, batch_size=4, every=3, flops_per_clip=1e9, dtype="float32"
+    )
     for step in range(1, 8):
         log.step(step, METRICS, {})
     log.close()
@@ -40,7 +42,9 @@ def test_every_nth_and_the_last_step_are_logged(tmp_path, capsys):
 
 
 def test_tensorboard_events_read_back(tmp_path):
-    log = report.Report(tmp_path, 0, 2, batch_size=4, every=1, flops_per_clip=1e9, dtype="float32")
+    log = report.Report(
+        storage.Growing(tmp_path, []), 0, 2, batch_size=4, every=1, flops_per_clip=1e9, dtype="float32"
+    )
     log.step(1, METRICS, {})
     log.step(2, {**METRICS, "loss": float("nan"), "skipped": 1.0}, {})
     log.close()
@@ -58,7 +62,9 @@ def test_tensorboard_events_read_back(tmp_path):
 
 
 def test_the_first_step_is_not_throughput(tmp_path):
-    log = report.Report(tmp_path, 0, 3, batch_size=10, every=10, flops_per_clip=1e9, dtype="float32")
+    log = report.Report(
+        storage.Growing(tmp_path, []), 0, 3, batch_size=10, every=10, flops_per_clip=1e9, dtype="float32"
+    )
     log.waited(5.0)
     time.sleep(0.3)
     log.step(1, METRICS, {})
@@ -85,7 +91,9 @@ def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
     termios.tcsetwinsize(follower, (24, 120))
     with open(follower, "w") as terminal, open(leader, "rb", buffering=0) as screen:
         monkeypatch.setattr("sys.stderr", terminal)
-        log = report.Report(tmp_path, 0, 4, batch_size=4, every=1, flops_per_clip=1e9, dtype="float32")
+        log = report.Report(
+            storage.Growing(tmp_path, []), 0, 4, batch_size=4, every=1, flops_per_clip=1e9, dtype="float32"
+        )
         for step in range(1, 5):
             log.step(step, METRICS, {})
         log.close()
@@ -109,7 +117,9 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 def test_use_of_a_known_device(tmp_path, monkeypatch):
     monkeypatch.setattr(report.sharding, "peak_flops", lambda _: 1e12)
-    log = report.Report(tmp_path, 0, 2, batch_size=8, every=2, flops_per_clip=3e9, dtype="bfloat16")
+    log = report.Report(
+        storage.Growing(tmp_path, []), 0, 2, batch_size=8, every=2, flops_per_clip=3e9, dtype="bfloat16"
+    )
     log.step(1, METRICS, {})
     time.sleep(0.2)
     log.exclude(0.15)  # a validation
@@ -141,4 +151,4 @@ def test_profile_covers_the_steps_asked_for(tmp_path, monkeypatch, capsys):
     report.Profile(tmp_path, "").before(0, None)
     for wrong in ("3", "4:3", "0:2", "a:b"):
         with pytest.raises(UserError, match="use FIRST:LAST"):
-            report.Profile(tmp_path, wrong)
+            report.check_profile(wrong)

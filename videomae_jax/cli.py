@@ -13,6 +13,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from videomae_jax import storage
+
 _USAGE = """usage: python -m videomae_jax COMMAND [--flag=value ...]
 
   train        --config=configs/small.py --workdir=DIR     train any task; resumes by itself
@@ -36,7 +38,7 @@ def _train(values: Any, _arguments: list[str], started: float) -> None:
     _start_hosts(values.hosts)
     from videomae_jax.training import loop
 
-    loop.run(values.config, _workdir(values), started)
+    loop.run(values.config, storage.at(values.workdir), started)
 
 
 def _train_flags(values: flags.FlagValues) -> None:
@@ -45,16 +47,6 @@ def _train_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
     flags.DEFINE_string("hosts", "auto", _HOSTS_HELP, flag_values=values)
-
-
-def _workdir(values: Any) -> pathlib.Path:
-    """The work folder; a URL would silently become a folder called like it."""
-    if "://" in values.workdir:
-        raise flags.Error(
-            f"--workdir={values.workdir}: work folders are local or mounted: mount the bucket (gcsfuse), or "
-            f"copy the folder there afterwards"
-        )
-    return pathlib.Path(values.workdir)
 
 
 def _start_hosts(hosts: str) -> None:
@@ -121,7 +113,7 @@ def _evaluate(values: Any, _arguments: list[str], _started: float) -> None:
     _start_hosts(values.hosts)
     from videomae_jax.training import evaluate
 
-    evaluate.run(values.config, _workdir(values), values.checkpoint, _hints(values))
+    evaluate.run(values.config, storage.at(values.workdir), values.checkpoint, _hints(values))
 
 
 def _evaluate_flags(values: flags.FlagValues) -> None:

@@ -25,8 +25,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from videomae_jax import config as settings
+from videomae_jax import storage
 from videomae_jax.config import Config, UserError
 from videomae_jax.data.sources import Source
+from videomae_jax.storage import Place
 
 T = TypeVar("T")
 
@@ -113,7 +115,7 @@ def agreed(prepare: Callable[[], T]) -> T:
     return value
 
 
-def check_agreement(config: Config, source: Source, workdir: pathlib.Path, **facts: Any) -> None:
+def check_agreement(config: Config, source: Source, workdir: Place, **facts: Any) -> None:
     """Refuses hosts that do not run the same: settings, code, versions, videos, work folder, more `facts`.
 
     Raises:
@@ -133,7 +135,7 @@ def check_agreement(config: Config, source: Source, workdir: pathlib.Path, **fac
     _check_workdir(workdir)
 
 
-def _check_workdir(workdir: pathlib.Path) -> None:
+def _check_workdir(workdir: Place) -> None:
     """Refuses a work folder that some host cannot write, or that is not the same one on all of them."""
     token = together(os.urandom(8).hex())[0]
     names = [f".host-{host}-{token}" for host in range(jax.process_count())]
@@ -202,9 +204,9 @@ class Lock:
         UserError: another process works here.
     """
 
-    _EVERY, _STALE = 20.0, 120.0  # seconds
+    _EVERY, _STALE, _SETTLED = 20.0, 120.0, 1.0  # seconds
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: Place):
         self.path, self._stop = path, threading.Event()
 
     def __enter__(self) -> "Lock":
@@ -231,9 +233,16 @@ class Lock:
     def _take(self) -> bool:
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
         mine["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._text = json.dumps(mine)
+        if storage.is_remote(self.path):  # no exclusive creation there: of several the last one has it
+            if self.path.exists():
+                return False
+            self.path.write_text(self._text)
+            time.sleep(self._SETTLED)
+            return self.path.read_text() == self._text
         try:
             with self.path.open("x") as file:
-                json.dump(mine, file)
+                file.write(self._text)
         except FileExistsError:
             return False
         return True
@@ -242,11 +251,11 @@ class Lock:
         """Who holds the file, if that process is still there."""
         try:
             other = json.loads(self.path.read_text())
-            age = self._now() - self.path.stat().st_mtime
+            age = self._now() - storage.modified(self.path)
         except FileNotFoundError:
             return None
         except ValueError:  # being written, or cut off
-            other, age = {}, self._now() - self.path.stat().st_mtime
+            other, age = {}, self._now() - storage.modified(self.path)
         if other.get("host") == socket.gethostname():
             return other if other.get("started") == _started(other["pid"]) else None
         return other if age < self._STALE else None
@@ -255,20 +264,20 @@ class Lock:
         """The time of the file system, which may be another host's."""
         probe = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         probe.touch()
-        now = probe.stat().st_mtime
+        now = storage.modified(probe)
         probe.unlink(missing_ok=True)
         return now
 
     def _touch(self) -> None:
         while not self._stop.wait(self._EVERY):
-            with contextlib.suppress(OSError):
-                os.utime(self.path)
+            with contextlib.suppress(Exception):  # the next time will do; each store's client has its own
+                self.path.write_text(self._text) if storage.is_remote(self.path) else os.utime(self.path)
 
     def __exit__(self, *_exception: object) -> None:
         self._stop.set()
         if is_writer():
             self.path.unlink(missing_ok=True)
-            if self._is_new:
+            if self._is_new and not storage.is_remote(self.path):
                 with contextlib.suppress(OSError):  # something was made in it
                     self.path.parent.rmdir()
 

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from videomae_jax import hosts, sharding
+from videomae_jax import hosts, sharding, storage
 from videomae_jax.data import decode, prepared, processes, reading
 from videomae_jax.models import attention
+from videomae_jax.storage import Place
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "av", "numpy")
 _SPACE_GIB = 10  # a few ViT-B checkpoints
@@ -52,7 +53,7 @@ def run(data: str, workdir: str) -> list[Finding]:
         ("matmul", _matmul),
         ("attention", _attention),
         ("decoder", _decoder),
-        ("work folder", lambda: _folder(pathlib.Path(workdir))),
+        ("work folder", lambda: _folder(storage.at(workdir))),
         ("hosts", _hosts),
     ]
     if data:
@@ -146,11 +147,14 @@ def _decoder() -> Iterator[tuple[str, str]]:
     yield "ok", f"H.264 written and read, {1e3 * seconds / 32:.1f} ms per frame of noise, 320 x 240"
 
 
-def _folder(workdir: pathlib.Path) -> Iterator[tuple[str, str]]:
-    existing = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.is_dir())
-    if not os.access(existing, os.W_OK):
-        yield "fix", f"{existing} cannot be written: choose another --workdir"
+def _folder(workdir: Place) -> Iterator[tuple[str, str]]:
+    if trouble := storage.trouble(workdir):
+        yield "fix", f"{trouble}: choose another --workdir"
         return
+    if storage.is_remote(workdir):
+        yield "ok", f"{workdir} can be written"
+        return
+    existing = next(folder for folder in (workdir, *workdir.parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free / 2**30
     block = os.urandom(2**20)
     with tempfile.NamedTemporaryFile(dir=existing) as file:

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 import shutil
 import zipfile
@@ -17,7 +16,7 @@ import tqdm
 from flax import nnx
 from jaxtyping import UInt8
 
-from videomae_jax import sharding
+from videomae_jax import sharding, storage
 from videomae_jax.apps import videos
 from videomae_jax.config import UserError
 from videomae_jax.data import augment, decode, reading
@@ -25,6 +24,7 @@ from videomae_jax.data.reading import AnyVideo
 from videomae_jax.evaluation import classification
 from videomae_jax.hosts import Lock
 from videomae_jax.interop import weights
+from videomae_jax.storage import Place
 
 SUFFIXES = (".npz", ".parquet")
 
@@ -83,7 +83,7 @@ def run(paths: Sequence[str], checkpoint: str, out: str, options: Options) -> di
         UserError: another suffix, a size that does not fit, or no video that can be decoded.
         OutputError: features that are not finite.
     """
-    target = pathlib.Path(out)
+    target = storage.at(out)
     if target.suffix not in SUFFIXES:
         raise UserError(f"--out={out} has an unknown suffix: use {', '.join(SUFFIXES)}")
     if options.step < 0 or options.batch < 1 or (options.hints.stride or 0) < 0:
@@ -96,7 +96,7 @@ def run(paths: Sequence[str], checkpoint: str, out: str, options: Options) -> di
     frames, *size = model.config.clip_size
     step = options.step or frames * stride
     embed = _embedder(model, options)
-    parts = target.with_name(target.name + ".parts")
+    parts = storage.scratch(target.with_name(target.name + ".parts"))
     with Lock(target.with_name(target.name + ".lock")):
         _claim(parts, json.dumps([_identity(model), stride, step, options.per_token]))
         done: dict[str, pathlib.Path] = {}
@@ -122,7 +122,8 @@ def run(paths: Sequence[str], checkpoint: str, out: str, options: Options) -> di
             raise UserError(f"none of the {len(named)} videos can be decoded: {next(iter(failed.values()))}")
         joined = _join(dict(sorted(done.items())), target)
         summary = {"videos": len(done), "videos_failed": len(failed), "failed": failed, **joined}
-        target.with_name(target.name + ".json").write_text(json.dumps(summary, indent=2) + "\n")
+        text = json.dumps(summary, indent=2) + "\n"
+        storage.write_text(target.with_name(target.name + ".json"), text)
         shutil.rmtree(parts)
     return summary
 
@@ -198,11 +199,10 @@ def _embed_video(
     return {"start": np.array(seconds[0]), "end": np.array(seconds[1]), "features": np.concatenate(found)}
 
 
-def _join(parts: dict[str, pathlib.Path], target: pathlib.Path) -> dict[str, Any]:
+def _join(parts: dict[str, pathlib.Path], target: Place) -> dict[str, Any]:
     """Writes all parts, by the names of their videos, as one file; one part at a time is in memory."""
-    partial = target.with_name(target.name + ".partial")
-    (_write_arrays if target.suffix == ".npz" else _write_parquet)(parts, partial)
-    os.replace(partial, target)
+    with storage.output(target) as file:
+        (_write_arrays if target.suffix == ".npz" else _write_parquet)(parts, file)
     total = sum(len(_column(part, "start")) for part in parts.values())
     return {"windows": total, "out": str(target)}
 

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from videomae_jax import storage
 from videomae_jax.apps import videos
 from videomae_jax.config import UserError
 from videomae_jax.data import pipeline
@@ -18,6 +18,7 @@ from videomae_jax.evaluation import classification
 from videomae_jax.hosts import Lock
 from videomae_jax.interop import weights
 from videomae_jax.models.heads import VideoClassifier
+from videomae_jax.storage import Place
 
 SUFFIXES = (".json", ".csv", ".parquet")
 
@@ -54,7 +55,7 @@ def run(
     """
     if min(options.top, options.segments, options.crops) < 1:
         raise UserError("--top, --segments and --crops must be positive")
-    target = pathlib.Path(out)
+    target = storage.at(out)
     if out and target.suffix not in SUFFIXES:
         raise UserError(f"--out={out} has an unknown suffix: use {', '.join(SUFFIXES)}")
     if out:
@@ -71,9 +72,9 @@ def run(
     if not out:
         return list(_each(named, {}, model, views, options.top, checkpoint, say))
     with Lock(target.with_name(target.name + ".lock")):
-        partial = target.with_name(target.name + ".partial")
+        partial = storage.scratch(target.with_name(target.name + ".partial"))
         about = [
-            os.path.abspath(checkpoint),
+            str(storage.at(checkpoint)),
             str(model.config),
             stride,
             options.top,
@@ -136,12 +137,16 @@ def _resume(partial: pathlib.Path, about: list[Any]) -> dict[str, dict[str, Any]
     return {row["identity"]: row for row in map(json.loads, whole)}
 
 
-def _write(target: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    partial = target.with_name(target.name + ".writing")
+def _write(target: Place, rows: list[dict[str, Any]]) -> None:
+    with storage.output(target) as file:
+        _write_rows(file, rows)
+
+
+def _write_rows(target: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     if target.suffix == ".json":
-        partial.write_text(json.dumps(rows, indent=2) + "\n")
+        target.write_text(json.dumps(rows, indent=2) + "\n")
     elif target.suffix == ".csv":
-        with partial.open("w", newline="") as file:
+        with target.open("w", newline="") as file:
             table = csv.writer(file)
             count = max(len(row["classes"]) for row in rows) if rows else 0
             pairs = [f"{name} {place}" for place in range(1, count + 1) for name in ("class", "score")]
@@ -159,5 +164,4 @@ def _write(target: pathlib.Path, rows: list[dict[str, Any]]) -> None:
             "error": pyarrow.array([row.get("error", "") for row in rows]),
             "classes": pyarrow.array([row["classes"] for row in rows], kind),
         }
-        parquet.write_table(pyarrow.table(columns), partial)
-    os.replace(partial, target)
+        parquet.write_table(pyarrow.table(columns), target)

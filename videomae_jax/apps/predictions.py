@@ -2,15 +2,16 @@
 
 import csv
 import json
-import pathlib
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from PIL import Image, ImageDraw, ImageFont
 
+from videomae_jax import storage
 from videomae_jax.data.sources import Source
 from videomae_jax.evaluation.classification import Scores
+from videomae_jax.storage import Place
 
 _FIGURES = ("top1", "top5", "mean_class_accuracy", "mean_average_precision", "mean_squared_error", "r2")
 
@@ -24,7 +25,7 @@ def line(result: dict[str, Any]) -> str:
     return f"{figures} on {result['videos']}{of} videos, {views['segments']} x {views['crops']} views"
 
 
-def write(folder: pathlib.Path, result: dict[str, Any], scores: Scores, source: Source) -> None:
+def write(folder: Place, result: dict[str, Any], scores: Scores, source: Source) -> None:
     """Writes predictions.csv, confusion.png where there is one class a video, and evaluation.json."""
     names = source.classes
     rows = []
@@ -35,13 +36,14 @@ def write(folder: pathlib.Path, result: dict[str, Any], scores: Scores, source: 
         header = ["label", "prediction"]
         for label, value in zip(scores.labels, scores.values, strict=True):
             rows.append([names[label] if label >= 0 else "", names[int(value.argmax())]])
-        draw_confusion(scores.confusion(), names).save(folder / "confusion.png")
-    with (folder / "predictions.csv").open("w", newline="") as file:
+        with storage.output(folder / "confusion.png") as picture:
+            draw_confusion(scores.confusion(), names).save(picture)
+    with storage.output(folder / "predictions.csv") as path, path.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["id", *header, *(f"score {name}" for name in names)])
         for record, row, value in zip(scores.records, rows, scores.values, strict=True):
             table.writerow([source.ids[record], *row, *(f"{x:.6g}" for x in value)])
-    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    storage.write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
 
 
 def draw_confusion(counts: Int[np.ndarray, "K K"], classes: tuple[str, ...]) -> Image.Image:

@@ -1,17 +1,17 @@
 """The command `prepare`: a collection of videos to a prepared data set, here or on many machines."""
 
 import dataclasses
-import pathlib
 import re
 import shlex
 
 from etils import epath
 
+from videomae_jax import storage
 from videomae_jax.config import UserError
 from videomae_jax.data import prepare, prepared, transcode
 from videomae_jax.data.builders import BUILDERS, video_folder
 from videomae_jax.data.processes import usable_cores
-from videomae_jax.data.sources import HEADS, is_remote
+from videomae_jax.data.sources import HEADS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +85,6 @@ def _job(source: str, folder: str, options: Options) -> prepare.Job:
     for name in ("short_side", "shard_videos"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name}={getattr(options, name)} must be positive")
-    if is_remote(folder):
-        raise UserError(f"{folder} is remote: prepare into a local or mounted folder, then copy it")
     where = epath.Path(source)
     if not where.exists():
         raise UserError(f"{source} does not exist: pass a folder of videos, a list, or annotation files")
@@ -102,7 +100,7 @@ def _job(source: str, folder: str, options: Options) -> prepare.Job:
     else:
         collection = BUILDERS[options.dataset](where, videos)
     form = transcode.Form(options.codec, options.short_side)
-    path = str(pathlib.Path(folder).absolute())
+    path = str(storage.at(folder))
     return prepare.Job(collection.checked(options.allow_missing), path, form, options.shard_videos)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image, ImageDraw, ImageFont
 
+from videomae_jax import storage
 from videomae_jax.apps import videos
 from videomae_jax.config import UserError
 from videomae_jax.data import augment, decode, sampling
@@ -17,6 +18,7 @@ from videomae_jax.evaluation import classification, reconstruction
 from videomae_jax.interop import weights
 from videomae_jax.models import masking, tubelets
 from videomae_jax.models.mae import VideoMAE
+from videomae_jax.storage import Place
 
 SUFFIXES = (".gif", ".mp4", ".png")
 _CLIPS_AT_ONCE = 8  # on the device; more would need memory for attention over all tokens of each
@@ -170,16 +172,20 @@ def _caption(texts: list[str], width: int, height: int) -> np.ndarray:
     return np.asarray(image)[None]
 
 
-def write(panels: Panels, names: list[str], path: pathlib.Path, fps: float = 8) -> None:
+def write(panels: Panels, names: list[str], place: Place, fps: float = 8.0) -> None:
     """Draws panels into a .gif, .mp4 or .png file.
 
     Raises:
         UserError: another suffix.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path} has an unknown suffix: use {', '.join(SUFFIXES)}")
-    frames = draw(panels, names, png=path.suffix.lower() == ".png")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    suffix = place.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(f"{place} has an unknown suffix: use {', '.join(SUFFIXES)}")
+    with storage.output(place) as path:
+        _write_frames(draw(panels, names, png=suffix == ".png"), path, fps)
+
+
+def _write_frames(frames: np.ndarray, path: pathlib.Path, fps: float) -> None:
     if path.suffix.lower() == ".mp4":
         decode.write_video(path, frames, fps=round(fps))
         return
@@ -217,7 +223,7 @@ def run(
         DecodeError: the video cannot be decoded.
         ExportError: `checkpoint` holds no model.
     """
-    path = pathlib.Path(out)
+    path = storage.at(out)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"--out={out} has an unknown suffix: use {', '.join(SUFFIXES)}")
     if hints.stride == 0 or mask_ratio < 0 or not mask_ratio < 1:

@@ -7,10 +7,12 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from videomae_jax import storage
 from videomae_jax.config import UserError
 from videomae_jax.data import decode, prepared, reading, sources
 from videomae_jax.data.reading import AnyVideo
 from videomae_jax.data.sources import Record, Source
+from videomae_jax.storage import Place
 
 SPLITS = ("train", "validation", "test")
 
@@ -45,7 +47,7 @@ class Named:
         if isinstance(record["video"], str):
             path = record["video"]
             facts.append(path)
-            if not sources.is_remote(path):
+            if not storage.is_remote(path):
                 paths = (
                     [path, *sorted(entry.path for entry in os.scandir(path))]
                     if os.path.isdir(path)
@@ -108,7 +110,7 @@ def _sources(path: str, split: str) -> dict[str, Source]:
     return {f"{part}/" if len(wanted) > 1 else "": prepared.open_source(path, part) for part in wanted}
 
 
-def make_room(target: pathlib.Path) -> None:
+def make_room(target: Place) -> None:
     """Makes the folder of a file that will be written, and sees that it can be.
 
     Raises:
@@ -119,9 +121,8 @@ def make_room(target: pathlib.Path) -> None:
         probe = target.with_name(f".{target.name}.{os.getpid()}")
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--out={target} cannot be written ({error.strerror or error}): choose another"
-        ) from None
+    except Exception as error:  # each store's client has its own
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--out={target} cannot be written ({reason}): choose another") from None
     if target.is_dir():
         raise UserError(f"--out={target} is a folder: name a file")

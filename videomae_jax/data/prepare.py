@@ -14,8 +14,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import pathlib
-import shutil
 import signal
 import uuid
 from collections.abc import Iterator, Sequence
@@ -24,10 +22,12 @@ from typing import Any
 
 import tqdm
 
+from videomae_jax import storage
 from videomae_jax.data import decode, prepared, processes, reading, records, transcode
 from videomae_jax.data.collection import Collection, Entry
+from videomae_jax.storage import PARTIAL, Place
 
-_REPORTS, _SETTINGS, _PARTIAL = ".reports", "prepare.json", ".partial-"
+_REPORTS, _SETTINGS = ".reports", "prepare.json"
 
 
 class PrepareError(ValueError):
@@ -49,7 +49,7 @@ class Job:
     """Everything that decides the bytes of a prepared folder.
 
     Attributes:
-        folder: a local or mounted folder.
+        folder: to write; in a store (gs://) shards are made here and copied there.
         shard_videos: videos per shard, before those that cannot be decoded are left out.
     """
 
@@ -69,14 +69,14 @@ class Job:
             found += [Shard(split, number, len(runs), run) for number, run in enumerate(runs)]
         return found
 
-    def path(self, shard: Shard) -> pathlib.Path:
+    def path(self, shard: Shard) -> Place:
         """The file of a shard."""
         name = prepared.shard_name(self.collection.name, shard.split, shard.number, shard.total)
-        return pathlib.Path(self.folder, name)
+        return storage.at(self.folder) / name
 
-    def report(self, shard: Shard) -> pathlib.Path:
+    def report(self, shard: Shard) -> Place:
         """What is known of a written shard: a line per record, and the failures. The last file it gets."""
-        return pathlib.Path(self.folder, _REPORTS, f"{shard.split}-{shard.number:05d}.json")
+        return storage.at(self.folder) / _REPORTS / f"{shard.split}-{shard.number:05d}.json"
 
     def settings(self) -> dict[str, Any]:
         """What must be the same for a rerun."""
@@ -96,7 +96,7 @@ def claim(job: Job) -> None:
     Raises:
         PrepareError: it holds something else, or the work of other settings or videos.
     """
-    folder = pathlib.Path(job.folder)
+    folder = storage.at(job.folder)
     if folder.exists() and not folder.is_dir():
         raise PrepareError(f"{folder} is a file: name a folder to prepare into")
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,21 +115,14 @@ def claim(job: Job) -> None:
                 f"or the old settings to go on with it"
             )
         return
-    others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(_PARTIAL)]
+    others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(PARTIAL)]
     if others:
         raise PrepareError(f"{folder} holds something else ({min(others)}): use an empty folder")
     _write(path, json.dumps(ours, indent=1))
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-    """A whole file or none."""
-    path.parent.mkdir(exist_ok=True)
-    partial = path.parent / f"{_PARTIAL}{uuid.uuid4().hex}"
-    try:
-        partial.write_text(text)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _write(path: Place, text: str) -> None:
+    storage.write_text(path, text, writer=uuid.uuid4().hex)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,25 +151,24 @@ def write_shard(job: Job, shard: Shard, videos: Iterator[transcode.Encoded | Fai
     from array_record.python.array_record_module import ArrayRecordWriter
 
     features = records.features(job.collection)
-    path = job.path(shard)
-    partial = path.parent / f"{_PARTIAL}{uuid.uuid4().hex}"
     rows, failed = [], []
     try:
-        # Videos do not compress further; groups of one are what random access needs.
-        writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
-        for entry, video in zip(shard.entries, videos, strict=True):
-            if isinstance(video, Failure):
-                failed.append({"split": shard.split, "id": entry.id, "shard": shard.number, **vars(video)})
-                continue
-            data = records.serialize(features, job.collection, entry, video)
-            writer.write(data)
-            row = {"split": shard.split, "shard": shard.number, "position": len(rows), "id": entry.id}
-            row |= {"label": entry.label, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            row |= {name: getattr(video, name) for name in ("frames", "fps", "height", "width")}
-            row["target"] = ";".join(map(repr, entry.target))
-            rows.append(row | {"source_sha256": video.source_sha256})
-        writer.close()
-        partial.replace(path)
+        with storage.output(job.path(shard), writer=uuid.uuid4().hex) as path:
+            # Videos do not compress further; groups of one are what random access needs.
+            writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+            for entry, video in zip(shard.entries, videos, strict=True):
+                if isinstance(video, Failure):
+                    about = {"split": shard.split, "id": entry.id, "shard": shard.number}
+                    failed.append(about | vars(video))
+                    continue
+                data = records.serialize(features, job.collection, entry, video)
+                writer.write(data)
+                row = {"split": shard.split, "shard": shard.number, "position": len(rows), "id": entry.id}
+                row |= {"label": entry.label, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                row |= {name: getattr(video, name) for name in ("frames", "fps", "height", "width")}
+                row["target"] = ";".join(map(repr, entry.target))
+                rows.append(row | {"source_sha256": video.source_sha256})
+            writer.close()
         _write(job.report(shard), json.dumps({"rows": rows, "failed": failed}))
     except (RuntimeError, OSError) as error:  # the writer is C++ and has one type for all
         if "No space left" in str(error):
@@ -184,8 +176,6 @@ def write_shard(job: Job, shard: Shard, videos: Iterator[transcode.Encoded | Fai
                 f"no space left in {job.folder}: free some, then the same command goes on where it ended"
             ) from None
         raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def pending(job: Job, part: int = 0, parts: int = 1) -> list[Shard]:
@@ -277,8 +267,8 @@ def finish(job: Job, max_failed: float = 1.0) -> dict[str, Any]:
     for shard in job.shards():
         prepared.check_shard(job.path(shard), lengths[shard.split][shard.number])
     records.write_metadata(job.collection, job.folder, lengths, rows)
-    folder = pathlib.Path(job.folder)
-    with (folder / prepared.RECORDS).open("w", newline="") as file:
+    folder = storage.at(job.folder)
+    with storage.output(folder / prepared.RECORDS) as path, path.open("w", newline="") as file:
         table = csv.DictWriter(file, prepared.COLUMNS)
         table.writeheader()
         table.writerows(rows)
@@ -337,10 +327,10 @@ def finished(job: Job, retry_failed: bool = False) -> dict[str, Any] | None:
                 "failed": [failure for failure in failed if (failure["split"], failure["shard"]) == ours],
             }
             _write(job.report(shard), json.dumps(report))
-        pathlib.Path(job.folder, prepared.MANIFEST).unlink()
+        (storage.at(job.folder) / prepared.MANIFEST).unlink()
         _forget(job, failed, retry_failed)
         return None
-    _tidy(pathlib.Path(job.folder))  # the run that finished it may have been killed just then
+    _tidy(storage.at(job.folder))  # the run that finished it may have been killed just then
     return manifest
 
 
@@ -352,9 +342,9 @@ def _typed(row: dict[str, str]) -> dict[str, Any]:
     return row | numbers | {"fps": float(row["fps"])}
 
 
-def _tidy(folder: pathlib.Path) -> None:
-    shutil.rmtree(folder / _REPORTS, ignore_errors=True)
-    for left_over in folder.glob(f"{_PARTIAL}*"):
+def _tidy(folder: Place) -> None:
+    storage.remove_tree(folder / _REPORTS)
+    for left_over in folder.glob(f"{PARTIAL}*"):
         left_over.unlink(missing_ok=True)
 
 

@@ -17,7 +17,8 @@ from etils import epath
 from PIL import Image
 
 from videomae_jax.data import decode, rgb
-from videomae_jax.data.sources import IMAGE_SUFFIXES, SUFFIXES, is_remote
+from videomae_jax.data.sources import IMAGE_SUFFIXES, SUFFIXES
+from videomae_jax.storage import is_remote
 
 
 class FrameFolder:

@@ -12,6 +12,8 @@ from typing import TypedDict, TypeVar
 
 from etils import epath
 
+from videomae_jax.storage import is_remote
+
 SUFFIXES = frozenset(
     f".{name}"
     for name in (
@@ -92,11 +94,6 @@ class Source(abc.ABC):
         labels = self.targets or self.labels
         lines = (f"{video}\t{label}" for video, label in zip(self.ids, labels, strict=True))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL such as gs://bucket/file, which libav cannot read by itself."""
-    return "://" in path
 
 
 def join(root: str, path: str) -> epath.Path:

@@ -9,7 +9,6 @@ A training checkpoint has the same two items beside its optimizer, so it can be 
 import dataclasses
 import json
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -17,8 +16,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
 
+from videomae_jax import storage
 from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
+from videomae_jax.storage import Place
 
 Model = VideoMAE | VideoClassifier
 ModelConfig = VideoMAEConfig | ClassifierConfig
@@ -65,14 +66,14 @@ def save(model: Model, path: str | os.PathLike, recipe: dict[str, Any] | None = 
     Raises:
         ExportError: the folder exists.
     """
-    folder = pathlib.Path(path).absolute()
+    folder = storage.at(path)
     if folder.exists():
         raise ExportError(f"{folder} exists: choose another path or remove it")
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     write(folder, params, metadata(type(model), model.config, recipe or {}))
 
 
-def write(folder: pathlib.Path, params: Any, meta: dict[str, Any]) -> None:
+def write(folder: Place, params: Any, meta: dict[str, Any]) -> None:
     """Writes an export from its parts into a new folder."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(
@@ -84,7 +85,18 @@ def write(folder: pathlib.Path, params: Any, meta: dict[str, Any]) -> None:
         )
 
 
-def find(path: str | os.PathLike) -> pathlib.Path:
+def _is_whole(folder: Place) -> bool:
+    """Whether a folder holds all of an export or checkpoint; in stores a marker tells, written last."""
+    return (folder / "meta" / "metadata").is_file() and ocp.utils.is_checkpoint_finalized(folder)
+
+
+def newest_step(folder: Place) -> int | None:
+    """The newest of the whole checkpoints FOLDER/STEP; None without one."""
+    steps = [place for place in folder.glob("[0-9]*") if place.name.isdigit() and _is_whole(place)]
+    return max((int(place.name) for place in steps), default=None)
+
+
+def find(path: str | os.PathLike) -> Place:
     """The folder with `params` and `meta` that `path` means: an export, a checkpoint, or a work folder.
 
     A work folder means its newest checkpoint; WORKDIR/best is an export.
@@ -92,16 +104,17 @@ def find(path: str | os.PathLike) -> pathlib.Path:
     Raises:
         ExportError: it is none of these.
     """
-    folder = pathlib.Path(path).absolute()
-    steps = [d for parent in (folder / "checkpoints", folder) for d in parent.glob("[0-9]*") if d.is_dir()]
-    finished = [d for d in steps if d.name.isdigit() and (d / "meta" / "metadata").is_file()]
-    found = max(finished, key=lambda d: int(d.name), default=folder)
-    if not (found / "meta" / "metadata").is_file():
+    folder = storage.at(path)
+    for parent in (folder / "checkpoints", folder):
+        step = newest_step(parent)
+        if step is not None:
+            return parent / str(step)
+    if not _is_whole(folder):
         raise ExportError(
             f"{folder} holds no model: pass an export made by videomae_jax.save, a checkpoint, or the work "
             f"folder of a run that has saved one"
         )
-    return found
+    return folder
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:

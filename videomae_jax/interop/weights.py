@@ -16,12 +16,14 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
+from videomae_jax import storage
 from videomae_jax.interop import export, hugging_face, torch_file, torch_weights
 from videomae_jax.interop.export import ExportError, Model, ModelConfig
 from videomae_jax.interop.torch_file import TorchFileError
 from videomae_jax.interop.torch_weights import WeightsError
 from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
 from videomae_jax.models.mae import VideoMAE
+from videomae_jax.storage import Place
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of every published VideoMAE
 _CONTAINERS = ("model", "module", "state_dict")
@@ -80,11 +82,11 @@ def load(
 
 def read(path: str | os.PathLike, hints: Hints, position_resize: str = "recompute") -> Model:
     """As `load`, with what files do not tell in one."""
-    if not _is_torch(pathlib.Path(path)):
-        _check_folder(pathlib.Path(path))
+    if not _is_torch(storage.at(path)):
+        _check_folder(storage.at(path))
         _check_hints(path, export.read_config(path), hints)
         return export.load(path)
-    config, layout, tensors = _open(pathlib.Path(path), hints)
+    config, layout, tensors = _open(_local(path), hints)
     try:
         config = dataclasses.replace(config, position_resize=position_resize)
     except ValueError as error:
@@ -104,12 +106,12 @@ def read(path: str | os.PathLike, hints: Hints, position_resize: str = "recomput
 def read_config(path: str | os.PathLike, hints: Hints | None = None) -> ModelConfig:
     """The config of the model that `read` would read. Raises as `load`."""
     hints = hints or Hints()
-    if not _is_torch(pathlib.Path(path)):
-        _check_folder(pathlib.Path(path))
+    if not _is_torch(storage.at(path)):
+        _check_folder(storage.at(path))
         config = export.read_config(path)
         _check_hints(path, config, hints)
         return config
-    return _open(pathlib.Path(path), hints)[0]
+    return _open(_local(path), hints)[0]
 
 
 def _check_hints(path: str | os.PathLike, config: ModelConfig, hints: Hints) -> None:
@@ -137,14 +139,15 @@ def read_recipe(path: str | os.PathLike, hints: Hints | None = None) -> dict[str
     It has no `stride` where that is neither known nor given.
     """
     hints = hints or Hints()
-    place = pathlib.Path(path)
+    place = storage.at(path)
     if not _is_torch(place):
         recipe = export.read_metadata(path)["recipe"]
     else:
         config = read_config(path, hints)
         stride = published_stride(len(config.classes)) if isinstance(config, ClassifierConfig) else 4
-        normalize = True if place.is_file() else hugging_face.read_config(place).get("norm_pix_loss", True)
-        recipe = {"mask": "tube", "mask_ratio": 0.9, "normalize_target": bool(normalize)}
+        told = {} if place.is_file() else hugging_face.read_config(_local(place))
+        normalize = bool(told.get("norm_pix_loss", True))
+        recipe = {"mask": "tube", "mask_ratio": 0.9, "normalize_target": normalize}
         recipe |= {} if stride is None else {"stride": stride}
     return recipe if hints.stride is None else recipe | {"stride": hints.stride}
 
@@ -181,7 +184,7 @@ def export_torch(
         ExportError: the path exists, or an unknown dtype.
         WeightsError: an unknown layout, or a model that it has no names for.
     """
-    place = pathlib.Path(path)
+    place = storage.at(path)
     _check_target(str(path), layout, dtype)
     params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     flat = {"/".join(key): np.asarray(value) for key, value in flatten_dict(params).items()}
@@ -189,13 +192,13 @@ def export_torch(
     if dtype != "float32":
         tensors = {name: tensor.astype(DTYPES[dtype]) for name, tensor in tensors.items()}
     if layout == "official":
-        place.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, place)
+        with storage.output(place) as file:
+            save_file(tensors, file)
         return
-    place.mkdir(parents=True)
     about = hugging_face.config_of(model.config) | {"dtype": dtype, "norm_pix_loss": normalize_target}
-    (place / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-    save_file(tensors, place / "model.safetensors", {"format": "pt"})
+    with storage.output(place / "model.safetensors") as file:
+        save_file(tensors, file, {"format": "pt"})
+    storage.write_text(place / "config.json", json.dumps(about, indent=2) + "\n")
 
 
 def convert(
@@ -228,15 +231,15 @@ def convert(
         return model
     if dtype != "float32":
         raise ExportError(f"an Orbax export holds float32: {dtype} is for --layout=hf and official")
-    place = pathlib.Path(source)
-    origin = {"source": str(place), "sha256": _digest(place) if place.is_file() else ""}
+    place = storage.at(source)
+    origin = {"source": source, "sha256": _digest(_local(place)) if place.is_file() else ""}
     export.save(model, target, recipe | {"origin": origin})
     return model
 
 
 def _check_target(target: str, layout: str, dtype: str) -> None:
     """Refuses before anything is read what could not be written."""
-    place = pathlib.Path(target)
+    place = storage.at(target)
     if place.exists():
         raise ExportError(f"{place} exists: choose another path or remove it")
     if dtype not in DTYPES:
@@ -250,12 +253,23 @@ def _digest(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_torch(path: pathlib.Path) -> bool:
+def _local(path: str | os.PathLike) -> pathlib.Path:
+    """The place of weights of PyTorch, which are mapped into memory.
+
+    Raises:
+        ExportError: it is in a store.
+    """
+    if storage.is_remote(path):
+        raise ExportError(f"{path}: weights of PyTorch are read from a disk: copy them here first")
+    return pathlib.Path(path)
+
+
+def _is_torch(path: Place) -> bool:
     """Whether a path is a file, or a folder of Hugging Face's and not a work folder."""
     return path.is_file() or ((path / "config.json").is_file() and not (path / "checkpoints").is_dir())
 
 
-def _check_folder(path: pathlib.Path) -> None:
+def _check_folder(path: Place) -> None:
     """Refuses a folder of weight files that are not one model."""
     files = sorted(file.name for ending in _SUFFIXES for file in path.glob(f"*{ending}"))
     if files:

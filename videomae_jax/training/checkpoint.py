@@ -4,17 +4,16 @@ Beside them the best weights so far, an export.
 """
 
 import math
-import pathlib
-import shutil
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from videomae_jax import hosts
+from videomae_jax import hosts, storage
 from videomae_jax.config import UserError
 from videomae_jax.interop import export
+from videomae_jax.storage import Place
 from videomae_jax.training.step import TrainState
 
 
@@ -28,8 +27,8 @@ class Checkpoints:
         keep_every: keep those of every so many steps for ever; 0: none.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep_last: int, keep_every: int):
-        self.folder = workdir.absolute() / "checkpoints"
+    def __init__(self, workdir: Place, keep_last: int, keep_every: int):
+        self.folder = storage.at(workdir) / "checkpoints"
         policies: list[Any] = [checkpoint_managers.LatestN(keep_last)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
@@ -78,8 +77,8 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> UserError:
         reason = str(error).strip().split("\n")[0][:300]
-        steps = [int(d.name) for d in self.folder.glob("*") if d.name.isdigit()]
-        kept = f"step {max(steps)} is intact" if steps else "none was complete"
+        step = export.newest_step(self.folder)
+        kept = f"step {step} is intact" if step is not None else "none was complete"
         return UserError(
             f"checkpoint not saved in {self.folder} ({type(error).__name__}: {reason}): free some space or "
             f"choose another --workdir, then run the same command again; of the earlier ones {kept}"
@@ -111,13 +110,15 @@ class Checkpoints:
 class Best:
     """WORKDIR/best: an export of the weights whose validation was the best so far.
 
+    In a store, where folders cannot be renamed, it is WORKDIR/best/STEP: `export.find` takes the newest.
+
     Attributes:
         found: {"step", "NAME"} of the best validation; None before the first. Checkpoints store it, so what
             a killed run found after its last checkpoint is found again, and written again.
     """
 
-    def __init__(self, workdir: pathlib.Path, metric: str):
-        self.folder, self.metric = workdir.absolute() / "best", metric
+    def __init__(self, workdir: Place, metric: str):
+        self.folder, self.metric = storage.at(workdir) / "best", metric
         self.found: dict[str, Any] | None = None
 
     def restore(self, found: dict[str, Any] | None) -> None:
@@ -136,14 +137,18 @@ class Best:
         ):
             return
         self.found = {"step": step, self.metric: value}
-        partial = self.folder.with_name("best.partial")
+        is_remote = storage.is_remote(self.folder)
+        new = self.folder / str(step) if is_remote else self.folder.with_name("best.partial")
         if hosts.is_writer():
-            shutil.rmtree(partial, ignore_errors=True)
+            storage.remove_tree(new)
         hosts.wait("best, before")
-        export.write(partial, params, meta | {"validation": {"step": step, **validated}})
-        if hosts.is_writer():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            partial.rename(self.folder)
+        export.write(new, params, meta | {"validation": {"step": step, **validated}})
+        if hosts.is_writer() and is_remote:
+            for other in [place for place in self.folder.iterdir() if place.name != new.name]:
+                storage.remove_tree(other)
+        elif hosts.is_writer():
+            storage.remove_tree(self.folder)
+            new.rename(self.folder)
         hosts.wait("best, after")
 
 

@@ -1,26 +1,25 @@
 """The command `evaluate`: the multi-view test of a trained classifier, as published."""
 
 import dataclasses
-import os
-import pathlib
 from typing import Any
 
 import jax
 from flax import nnx
 
 from videomae_jax import config as settings
-from videomae_jax import hosts
+from videomae_jax import hosts, storage
 from videomae_jax.apps import predictions
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import sources
 from videomae_jax.interop import weights
 from videomae_jax.models.heads import ClassifierConfig
+from videomae_jax.storage import Place
 from videomae_jax.training import report, splits, tasks, testing
 from videomae_jax.training.finetune import Finetune, summarize
 
 
 def run(
-    config: Config, workdir: pathlib.Path, checkpoint: str, hints: weights.Hints | None = None
+    config: Config, workdir: Place, checkpoint: str, hints: weights.Hints | None = None
 ) -> dict[str, Any]:
     """Tests a classifier on `evaluate.split` and writes evaluation.json, predictions.csv and confusion.png.
 
@@ -63,9 +62,8 @@ def run(
     }
     task = dataclasses.replace(planned, model=dataclasses.replace(made, **use))
     mesh = tasks.make_mesh(config)
-    existing = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"{existing} cannot be written: choose another --workdir")
+    if trouble := storage.trouble(storage.at(workdir)):
+        raise UserError(f"{trouble}: choose another --workdir")
     trained = weights.read_recipe(path, hints).get("stride", config.data.stride)
     if trained != config.data.stride:
         report.say(

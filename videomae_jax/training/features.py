@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import pathlib
 from typing import Any
 
 import jax
@@ -13,13 +12,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from videomae_jax import sharding
+from videomae_jax import sharding, storage
 from videomae_jax.config import Config
 from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
 from videomae_jax.evaluation import classification
 from videomae_jax.models.heads import VideoClassifier
 from videomae_jax.models.mae import VideoMAE
+from videomae_jax.storage import Place
 from videomae_jax.training import report, testing
 
 _SAVED_EVERY = 50  # batches
@@ -78,9 +78,9 @@ def extract(
     views: pipeline.TestViews,
     config: Config,
     mesh: Mesh,
-    folder: pathlib.Path,
+    place: Place,
 ) -> Features:
-    """Features of every view of every video, from `folder` where they were computed before.
+    """Features of every view of every video, from `place` where they were computed before.
 
     `values.npy` is filled batch by batch, `done.json` tells how many; another model, source or kind of view
     begins anew.
@@ -88,6 +88,7 @@ def extract(
     Raises:
         OutputError: features that are not finite, naming the first video.
     """
+    folder = storage.scratch(place)  # memory-mapped, so on a disk
     folder.mkdir(parents=True, exist_ok=True)
     evaluator = testing.Evaluator(frozen.features, source, views, config, mesh)
     identity = f"{frozen.identity()} {source.fingerprint()} {views} {evaluator.batch_videos}"

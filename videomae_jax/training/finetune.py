@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from videomae_jax.evaluation import classification
 from videomae_jax.interop import export
 from videomae_jax.models import heads, tubelets, vit
 from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
+from videomae_jax.storage import Place
 from videomae_jax.training import losses, mixup, report, testing
 from videomae_jax.training.splits import Splits
 from videomae_jax.training.step import Batch, TrainState, clip_keys, stream
@@ -168,7 +168,7 @@ class Finetune:
         return validate
 
     def finish(
-        self, state: TrainState, splits: Splits, config: Config, workdir: pathlib.Path, mesh: Mesh
+        self, state: TrainState, splits: Splits, config: Config, workdir: Place, mesh: Mesh
     ) -> dict[str, Any]:
         """The multi-view test of the best weights and of the last, as the paper tests them.
 

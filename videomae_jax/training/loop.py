@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,16 +11,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from videomae_jax import config as settings
-from videomae_jax import hosts, sharding
+from videomae_jax import hosts, sharding, storage
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
 from videomae_jax.interop import export, transfer
+from videomae_jax.storage import Place
 from videomae_jax.training import checkpoint, feed, finetune, optim, probe, report, splits, step, tasks
 from videomae_jax.training.feed import TrainingError
 
 
-def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]:
+def run(config: Config, workdir: Place, started: float) -> dict[str, Any]:
     """Trains to the end, resuming from the work folder's newest checkpoint; returns the summary.
 
     Writes WORKDIR/config.json, log.jsonl, tensorboard/, checkpoints/, pictures and summary.json. After a
@@ -42,11 +42,12 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
     with hosts.Interrupt() as interrupt, contextlib.ExitStack() as stack:
         mesh = tasks.make_mesh(config)
         _check_batch(config, mesh)
-        weights = str(workdir) if any(workdir.glob("checkpoints/[0-9]*/meta")) else config.init_from
+        is_begun = export.newest_step(workdir / "checkpoints") is not None
+        weights = str(workdir) if is_begun else config.init_from
         # Before any video is looked for or generated.
         planned = tasks.make_task(config, weights=weights)
         _check_parts(config, planned, mesh)
-        report.Profile(workdir, config.log.profile)
+        report.check_profile(config.log.profile)
         stack.enter_context(hosts.Lock(workdir / ".lock"))
         phases.end("set-up")
         videos = hosts.agreed(lambda: splits.open_splits(config))
@@ -74,7 +75,7 @@ def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]
 
 def _train(
     config: Config,
-    workdir: pathlib.Path,
+    workdir: Place,
     task: tasks.Task,
     videos: splits.Splits,
     schedule: settings.Schedule,
@@ -88,7 +89,8 @@ def _train(
     bad = feed.BadVideos(source, config.data.max_bad_fraction)
     watchdog = hosts.Watchdog(config.mesh.step_limit)
     keeping = checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, schedule.keep_steps)
-    with watchdog, keeping as checkpoints:
+    growing = storage.Growing(workdir, ("log.jsonl", _Guard.NAME))
+    with watchdog, keeping as checkpoints, growing as files:
         has_ema = config.optim.ema > 0
         best = checkpoint.Best(workdir, finetune.KEY_METRIC[config.head.kind])
         if checkpoints.latest_step is None:
@@ -108,7 +110,7 @@ def _train(
         root = sharding.replicate(jax.random.key(config.seed), mesh)
         validation = _Validation(task, videos, config, schedule, mesh, best)
         log = report.Report(
-            workdir,
+            files,
             start,
             schedule.total_steps,
             config.data.batch_size,
@@ -116,8 +118,8 @@ def _train(
             task.flops_per_clip(),
             task.model.compute.dtype,
         )
-        profile = report.Profile(workdir, config.log.profile)
-        guard = _Guard(workdir, source, root, config.optim.max_skipped, start)
+        profile = report.Profile(files.folder, config.log.profile)
+        guard = _Guard(files, source, root, config.optim.max_skipped, start)
         dataset = pipeline.clips(
             source,
             task.clip_transform,
@@ -174,6 +176,7 @@ def _train(
                     if pending is not None:
                         finish_step(*pending)
                         pending = None
+                    files.push(now=True)
                     meta = {"bad_videos": bad.reasons, "best": best.found}
                     checkpoints.save(state, task.metadata() | meta)
                 if last:
@@ -274,8 +277,11 @@ class _Validation:
 class _Guard:
     """Fetches metrics and records steps that changed nothing because loss or gradient were not finite."""
 
-    def __init__(self, workdir: pathlib.Path, source: Source, root: jax.Array, limit: int, start_step: int):
-        self.path, self.source, self.limit = workdir / "skipped_steps.jsonl", source, limit
+    NAME = "skipped_steps.jsonl"
+
+    def __init__(self, files: storage.Growing, source: Source, root: jax.Array, limit: int, start_step: int):
+        self.path, self.source, self.limit = files.folder / self.NAME, source, limit
+        self.place = files.place / self.NAME
         self.root = np.asarray(jax.random.key_data(root)).tolist()
         self.skipped = report.keep_lines(self.path, start_step) if hosts.is_writer() else 0
         self._in_a_row = 0
@@ -305,12 +311,12 @@ class _Guard:
                 file.write(json.dumps(entry) + "\n")
         report.say(
             f"step {number + 1} skipped: loss {values['loss']}, gradient norm {values['grad_norm']}, "
-            f"{values['clips']:.0f} clips; its videos and keys are in {self.path}"
+            f"{values['clips']:.0f} clips; its videos and keys are in {self.place}"
         )
         if self._in_a_row >= self.limit:
             raise TrainingError(
                 f"{self._in_a_row} steps in a row had no usable gradient (optim.max_skipped), the last was "
-                f"step {number + 1}: lower optim.lr or set optim.clip_norm; {self.path} names their videos"
+                f"step {number + 1}: lower optim.lr or set optim.clip_norm; {self.place} names their videos"
             )
         return values
 
@@ -360,7 +366,7 @@ def _check_parts(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> N
         )
 
 
-def _claim(workdir: pathlib.Path, config: Config, source: Source) -> None:
+def _claim(workdir: Place, config: Config, source: Source) -> None:
     """Makes the work folder this run's, or checks that it already is.
 
     Raises:
@@ -369,7 +375,7 @@ def _claim(workdir: pathlib.Path, config: Config, source: Source) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
     ours = {"config": config.to_dict(), "data": source.fingerprint(), "videos": len(source)}
-    if not any(d.name.isdigit() for d in workdir.glob("checkpoints/*")):
+    if export.newest_step(workdir / "checkpoints") is None:
         if hosts.is_writer():
             report.write_json(path, ours)  # nothing saved yet, nothing to protect
         return

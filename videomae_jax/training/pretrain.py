@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ from videomae_jax.evaluation import classification, neighbours
 from videomae_jax.interop import export
 from videomae_jax.models import masking, vit
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
+from videomae_jax.storage import Place
 from videomae_jax.training import report, testing
 from videomae_jax.training.splits import Splits, spread
 from videomae_jax.training.step import Batch, TrainState, clip_keys
@@ -157,7 +157,7 @@ class Pretrain:
         return validate
 
     def finish(
-        self, state: TrainState, splits: Splits, config: Config, workdir: pathlib.Path, mesh: Mesh
+        self, state: TrainState, splits: Splits, config: Config, workdir: Place, mesh: Mesh
     ) -> dict[str, Any]:
         """Reconstructs held-out clips: PSNR into the summary, pictures into the work folder; on one host.
 

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import pathlib
 import time
 from typing import Any
 
@@ -20,12 +19,13 @@ from videomae_jax.evaluation import classification, neighbours
 from videomae_jax.evaluation.classification import Scores, merge_views
 from videomae_jax.interop import weights
 from videomae_jax.models import heads
+from videomae_jax.storage import Place
 from videomae_jax.training import features, optim, report, splits, tasks
 
 KINDS = ("knn", "linear", "attentive")
 
 
-def run(config: Config, workdir: pathlib.Path, started: float) -> dict[str, Any]:
+def run(config: Config, workdir: Place, started: float) -> dict[str, Any]:
     """Probes the weights of `init_from`.
 
     Writes evaluation.json, predictions.csv, confusion.png and summary.json. Features are those of one central

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import pathlib
 import re
 import sys
@@ -17,15 +16,14 @@ from tensorboardX import summary as board_summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
-from videomae_jax import sharding
+from videomae_jax import sharding, storage
 from videomae_jax.config import UserError
+from videomae_jax.storage import Place
 
 
-def write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
+def write_json(path: Place, data: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all; a number that is not finite, which JSON lacks, is null."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(finite(data), indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    storage.write_text(path, json.dumps(finite(data), indent=2, allow_nan=False) + "\n")
 
 
 def finite(value: Any) -> Any:
@@ -45,9 +43,7 @@ def keep_lines(path: pathlib.Path, last_step: int) -> int:
     if not path.exists():
         return 0
     kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
-    os.replace(partial, path)
+    storage.write_text(path, "".join(line + "\n" for line in kept))
     return len(kept)
 
 
@@ -58,25 +54,32 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-class Profile:
-    """A profile of some steps of host 0 in WORKDIR/profile, which TensorBoard and xprof open.
-
-    Args:
-        steps: "FIRST:LAST", steps from 1, both included; "": none.
+def check_profile(steps: str) -> tuple[int, int]:
+    """First and last step of "FIRST:LAST", from 1 on; (0, 0) of "".
 
     Raises:
         UserError: anything else.
     """
+    if not re.fullmatch(r"(\d+:\d+)?", steps):
+        raise UserError(f"log.profile={steps!r} is no range of steps: use FIRST:LAST, such as 10:20")
+    first, last = (int(x) for x in steps.split(":")) if steps else (0, 0)
+    if steps and not 1 <= first <= last:
+        raise UserError(f"log.profile={steps!r} is empty: use FIRST:LAST, from 1 on, such as 10:20")
+    return first, last
 
-    def __init__(self, workdir: pathlib.Path, steps: str):
-        self.folder, self._is_on = workdir / "profile", False
-        if not re.fullmatch(r"(\d+:\d+)?", steps):
-            raise UserError(f"log.profile={steps!r} is no range of steps: use FIRST:LAST, such as 10:20")
-        self._first, self._last = (int(x) for x in steps.split(":")) if steps else (0, 0)
+
+class Profile:
+    """A profile of some steps of host 0 in FOLDER/profile, which TensorBoard and xprof open.
+
+    Args:
+        steps: see `check_profile`; both are included.
+    """
+
+    def __init__(self, folder: pathlib.Path, steps: str):
+        self.folder, self._is_on = folder / "profile", False
+        self._first, self._last = check_profile(steps)
         if jax.process_index():
             self._last = 0
-        elif steps and not 1 <= self._first <= self._last:
-            raise UserError(f"log.profile={steps!r} is empty: use FIRST:LAST, from 1 on, such as 10:20")
 
     def before(self, number: int, results: Any) -> None:
         """Called before step `number` (from 0), with the results of the one before, if any."""
@@ -145,6 +148,7 @@ class Report:
     The log of a resumed run is that of an undisturbed one: see `keep_lines`. Only host 0 writes.
 
     Args:
+        files: those of the work folder that grow.
         every: steps from one logged step to the next.
         batch_size: clips per step, over all hosts.
         flops_per_clip: of the forward and backward pass, for the figures of use.
@@ -153,7 +157,7 @@ class Report:
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        files: storage.Growing,
         start_step: int,
         total_steps: int,
         batch_size: int,
@@ -161,7 +165,7 @@ class Report:
         flops_per_clip: float,
         dtype: str,
     ):
-        self.path = workdir / "log.jsonl"
+        self.files, self.path = files, files.folder / "log.jsonl"
         self.total, self.batch_size, self.every = total_steps, batch_size, every
         self._flops, self._peak = flops_per_clip, None
         if dtype == "bfloat16":
@@ -173,7 +177,7 @@ class Report:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
             self.last = json.loads(lines[-1]) if lines else {}
             self._log = self.path.open("a")
-            self._board = _Board(workdir / "tensorboard", start_step + 1)
+            self._board = _Board(files.folder / "tensorboard", start_step + 1)
         self._bar = tqdm.tqdm(
             total=total_steps,
             initial=start_step,
@@ -231,7 +235,7 @@ class Report:
             self._write(step)
         except OSError as error:
             raise UserError(
-                f"the log in {self.path.parent} cannot be written ({error.strerror or error}): free some "
+                f"the log in {self.files.place} cannot be written ({error.strerror or error}): free some "
                 f"space, then run the same command again"
             ) from error
         use = f"  MFU {self.last['mfu']:.1%}" if "mfu" in self.last else ""
@@ -267,6 +271,7 @@ class Report:
         self._log.write(json.dumps(finite(self.last)) + "\n")
         self._log.flush()
         self._board.scalars({name: value for name, value in self.last.items() if name != "step"}, step)
+        self.files.push()
 
     def totals(self) -> dict[str, float]:
         """clips_per_second and data_wait (share of time) after the first step of this process, if any."""

@@ -2,9 +2,9 @@
 
 import dataclasses
 import hashlib
-import os
 import pathlib
 
+from videomae_jax import storage
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import moving_shapes, prepared, processes, sources
 from videomae_jax.data.sources import Source
@@ -128,8 +128,7 @@ def _check_labels(path: str, train: Source) -> None:
 
 
 def _moving_shapes(generate: Config) -> pathlib.Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = pathlib.Path(cache, "videomae_jax")
+    folder = storage.cache()
     report.say(f"moving_shapes: {generate.videos} training videos, cached in {folder}")
     spec = moving_shapes.MovingShapes(**generate)
     try:
