@@ -15,7 +15,7 @@ import pathlib
 import statistics
 import time
 
-from videomae_jax.training import loop
+from videomae_jax.tasks import table
 
 _CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "finetune.py"
 
@@ -50,7 +50,7 @@ def main() -> None:
         for seed in range(arguments.seeds):
             workdir = pathlib.Path(arguments.workdir, f"{side}_{arguments.per_class}_{seed}")
             settings = config(arguments.per_class, arguments.steps, weights, seed)
-            summary = loop.run(settings, workdir, time.time())
+            summary = table.train(settings, workdir, time.time())
             figures.append(summary["test"]["best"]["top1"])
         result[side] = figures
     print(f"{'':12}{'mean':>8}{'spread':>8}  seeds")

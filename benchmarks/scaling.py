@@ -86,8 +86,8 @@ def traced(task: Any, sizes: tuple[int, int, int], batch: int) -> list[Collectiv
     devices = jax.devices()[: math.prod(sizes)]
     mesh = jax.make_mesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
     tx = optim.adamw((0.9, 0.95), 1e-8, 0.05, 0.0)
-    state, shardings = step.abstract_state(task.init, tx, mesh)
-    train_step = step.make_train_step(task.clip_losses, tx, lambda _: jnp.float32(1e-4), mesh, shardings)
+    state, shardings = step.abstract_state(step.Recipe(task.init, tx), mesh)
+    train_step = step.make_train_step(task.terms, tx, lambda _: jnp.float32(1e-4), mesh, shardings)
     rows = {
         "video": jax.ShapeDtypeStruct((batch, *task.model.clip_size, task.model.channels), jnp.uint8),
         "index": jax.ShapeDtypeStruct((batch,), jnp.uint32),

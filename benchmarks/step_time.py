@@ -23,14 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from videomae_jax import config as settings
-from videomae_jax import sharding
+from videomae_jax import keys, sharding
 from videomae_jax.models import masking, vit
 from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.mae import VideoMAEConfig
+from videomae_jax.tasks.finetune import Finetune
+from videomae_jax.tasks.pretrain import Pretrain
 from videomae_jax.training import optim, step
-from videomae_jax.training.finetune import Finetune
-from videomae_jax.training.pretrain import Pretrain
 
 CLIP, CLASSES = (16, 224, 224), 400
 
@@ -42,8 +41,8 @@ def make_task(
     backbone = {
         "clip_size": CLIP,
         "tubelet": (2, size.patch, size.patch),
-        "pixel_mean": settings.IMAGENET_MEAN,
-        "pixel_std": settings.IMAGENET_STD,
+        "pixel_mean": keys.IMAGENET_MEAN,
+        "pixel_std": keys.IMAGENET_STD,
         "encoder": size.encoder,
         "compute": vit.Compute(dtype, unroll, remat, attention),
     }
@@ -51,7 +50,7 @@ def make_task(
         return Pretrain(VideoMAEConfig(**backbone, decoder=size.decoder), "tube", 0.9, True, "mse", stride=4)
     model = ClassifierConfig(**backbone, classes=tuple(map(str, range(CLASSES))))
     plain = {"policy": None, "flip": False, "erasing": 0.0, "area": (1.0, 1.0), "mix": None}
-    return Finetune(model, stride=4, **plain, clips_per_video=1, smoothing=0.1, class_weights=None, frozen=0)
+    return Finetune(model, stride=4, **plain, clips_per_video=1, smoothing=0.1, class_weights=None)
 
 
 def our_step(task: Pretrain | Finetune, video: np.ndarray, is_training: bool):
@@ -62,8 +61,8 @@ def our_step(task: Pretrain | Finetune, video: np.ndarray, is_training: bool):
     batch = sharding.global_batch(mesh, fields | {"label": np.arange(rows, dtype=np.int32)})
     if is_training:
         tx = optim.adamw((0.9, 0.95), 1e-8, 0.05, 0.0)
-        state, shardings = step.init_state(task.init, tx, mesh, seed=0)
-        lowering = step.make_train_step(task.clip_losses, tx, lambda _: jnp.float32(1e-4), mesh, shardings)
+        state, shardings = step.init_state(step.Recipe(task.init, tx), mesh, seed=0)
+        lowering = step.make_train_step(task.terms, tx, lambda _: jnp.float32(1e-4), mesh, shardings)
         arguments = (state, batch, jax.random.key(0))
     else:
         assert isinstance(task, Finetune)
@@ -117,7 +116,7 @@ def their_step(size: vit.Size, video: np.ndarray, mask: np.ndarray | None, compi
     forward = torch.compile(model) if compiled else model
     raw, labels = torch.from_numpy(video).to(device), torch.arange(len(video), device=device)
     mean, std = (
-        torch.tensor(x, device=device)[:, None, None] for x in (settings.IMAGENET_MEAN, settings.IMAGENET_STD)
+        torch.tensor(x, device=device)[:, None, None] for x in (keys.IMAGENET_MEAN, keys.IMAGENET_STD)
     )
     hidden = None if mask is None else torch.from_numpy(mask.copy()).to(device)
 

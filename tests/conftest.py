@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import tempfile
 
 import jax
 import jaxtyping
@@ -14,12 +15,20 @@ from fsspec.registry import _registry
 from jax.sharding import AxisType
 from orbax.checkpoint._src.path import gcs_utils
 
+from videomae_jax import config as settings
 from videomae_jax import sharding
 from videomae_jax.data import moving_shapes
+from videomae_jax.tasks import table
+from videomae_jax.training import compute
 
 # Compiling takes half as long, and nothing here is about speed.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 jax.config.update("jax_num_cpu_devices", 8)
+# What one test compiled another need not, in whatever process; of this run of the tests only.
+_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+COMPILED = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/compiled-{_RUN}")
+jax.config.update("jax_compilation_cache_dir", COMPILED)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 flags.FLAGS.mark_as_parsed()
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -100,6 +109,11 @@ def mesh_of(data: int, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     return jax.make_mesh(
         (data, fsdp, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
     )
+
+
+def task_of(config, train=None):
+    """The task that a run with these settings trains."""
+    return table.make_task(compute.on_this_machine(settings.checked(config)), train)
 
 
 def load_config(name: str, arg: str = ""):

@@ -11,7 +11,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from videomae_jax.models import heads, mae, masking, tubelets, vit
-from videomae_jax.training import losses
+from videomae_jax.tasks import losses
 
 LIMIT = 0.02  # of a leaf's gradient, by its norm
 SHARED = {

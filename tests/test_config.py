@@ -1,14 +1,16 @@
 """The tree of settings: locked, complete, and equal to the published tables."""
 
+import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import pytest
-from conftest import ROOT, load_config
+from conftest import ROOT, load_config, task_of
 
 from videomae_jax import config as settings
-from videomae_jax.training import tasks
+from videomae_jax.models.layout import WHOLE
+from videomae_jax.tasks import table
+from videomae_jax.training import compute
 
 # (size, data): batch, effective lr, effective min lr, mask, stride, decoder depth, duration, warm-up, every
 # Fact sheet 4.4; HMDB51 from the paper's text.
@@ -29,7 +31,7 @@ def test_published_pretraining(row):
     size, data = row
     batch, lr, min_lr, ratio, stride, depth, duration, warmup, every = PUBLISHED[row]
     c = load_config("pretrain", f"size={size},data={data}")
-    plan = settings.finalize(c, num_videos=240_436)
+    plan = settings.make_schedule(c, num_videos=240_436)
     steps = 240_436 // batch
     assert (plan.steps_per_epoch, plan.total_steps) == (steps, duration * steps)
     assert (plan.warmup_steps, plan.checkpoint_steps) == (warmup * steps, every * steps)
@@ -63,7 +65,7 @@ def test_published_finetuning(row):
     size, data = row
     videos, clips, lr, end, epochs, decay, drop_path, dropout, stride, views = FINETUNING[row]
     c = load_config("finetune", f"size={size},data={data}")
-    plan = settings.finalize(c, num_videos=240_436)
+    plan = settings.make_schedule(c, num_videos=240_436)
     steps = 240_436 // videos
     assert (plan.steps_per_epoch, plan.total_steps, plan.warmup_steps) == (steps, epochs * steps, 5 * steps)
     assert plan.peak_lr == pytest.approx(lr)
@@ -99,7 +101,7 @@ def test_every_config_is_locked_and_its_step_traces(name, arg):
     with pytest.raises(AttributeError, match='Did you mean "lr"'):
         c.optim.lrr = 1.0
     assert set(settings.flatten(c)) == set(settings.flatten(settings.defaults()))
-    task = tasks.make_task(settings.resolve(c))
+    task = task_of(c)
     frames, height, width = task.model.clip_size
     batch = {
         "video": jax.ShapeDtypeStruct((8, frames, height, width, 3), "uint8"),
@@ -109,8 +111,11 @@ def test_every_config_is_locked_and_its_step_traces(name, arg):
         "erase": jax.ShapeDtypeStruct((8, 4), "int32"),
     }
     params = jax.eval_shape(task.init, jax.random.key(0))
-    losses = jax.eval_shape(task.clip_losses, params, batch, jax.random.key(0), jnp.int32(0))
-    assert (losses.shape, losses.dtype) == ((8,), "float32")
+    others = jax.eval_shape(task.others, params)
+    step = jax.ShapeDtypeStruct((), "int32")
+    traced = functools.partial(task.terms, layout=WHOLE)
+    terms = jax.eval_shape(traced, params, others, batch, jax.random.key(0), step)
+    assert all((leaf.shape, leaf.dtype) == ((), "float32") for leaf in jax.tree.leaves(terms))
     transform = task.clip_transform
     assert (transform.frames, transform.size) == (frames, (height, width))
 
@@ -118,9 +123,9 @@ def test_every_config_is_locked_and_its_step_traces(name, arg):
 @pytest.mark.parametrize("kind", ["knn", "linear", "attentive"])
 def test_probe_configs(kind):
     for arg in (f"kind={kind}", f"kind={kind},size=tiny,data=moving_shapes"):
-        c = settings.resolve(load_config("probe", arg))
+        c = settings.checked(load_config("probe", arg))
         assert (c.task, c.probe.kind) == ("probe", kind)
-        tasks.make_mesh(c)
+        compute.make_mesh(c)
 
 
 def test_every_config_file_is_tested():
@@ -167,11 +172,7 @@ def test_schedules_that_cannot_be(changes, videos, text):
     for key, value in changes.items():
         (c.checkpoint if "every" in key else c.optim)[key] = value
     with pytest.raises(settings.UserError, match=text):
-        settings.finalize(c, videos)
-
-
-def interval_of(key: str) -> str | None:
-    return next((interval for interval, keys in settings._BOUNDS.items() if key in keys), None)
+        settings.make_schedule(c, videos)
 
 
 NUMBERS = [
@@ -194,7 +195,7 @@ def test_every_number_has_an_interval_that_it_must_lie_in(untyped, key, wrong):
         del place[name]  # what a config file may do, and a command line where types agree
         place[name] = (*before[1:], wrong) if isinstance(before, tuple) else wrong
     with pytest.raises(settings.UserError, match=rf"{key}=.* is out of range: use finite numbers in [\[(]"):
-        settings.resolve(c)
+        settings.checked(c)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_numbers_out_of_range(untyped, key, value, text):
     section, name = key.split(".")
     c[section][name] = value
     with pytest.raises(settings.UserError, match=text):
-        settings.resolve(c)
+        settings.checked(c)
 
 
 def test_differences_name_what_a_result_depends_on():
@@ -250,7 +251,7 @@ def test_settings_that_do_not_fit_together(untyped, section, change, text):
     c = load_config("debug")
     c[section].update(change)
     with pytest.raises(settings.UserError, match=text):
-        tasks.make_task(c)
+        table.make_task(compute.on_this_machine(c))
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_finetuning_settings_that_do_not_fit_together(untyped, section, change, 
     c = load_config("debug", "task=finetune")
     c[section].update(change)
     with pytest.raises(settings.UserError, match=text):
-        tasks.make_task(settings.resolve(c))
+        task_of(c)
 
 
 @pytest.mark.parametrize(
@@ -291,12 +292,12 @@ def test_a_key_that_the_task_does_not_read_is_refused(task, key, value):
     section, name = key.split(".")
     c[section][name] = value
     with pytest.raises(settings.UserError, match=f"{key}={value} is set, but only .* would read it"):
-        settings.resolve(c)
+        settings.checked(c)
 
 
 def test_attention_falls_back_with_one_line_where_the_fused_kernel_fails(monkeypatch, capsys):
     """A machine that says it has a GPU, and cannot run its kernel."""
-    choose = tasks._attention.__wrapped__  # without what was found before
+    choose = compute.choose_attention.__wrapped__  # without what was found before
     assert choose("auto", "float32", (16,)) == "blocks"  # this one is a CPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert choose("auto", "float32", (16,)) == "xla"
@@ -307,6 +308,6 @@ def test_attention_falls_back_with_one_line_where_the_fused_kernel_fails(monkeyp
     with pytest.raises(settings.UserError, match=r"model.attention=cudnn does not work here with bfloat16"):
         choose("cudnn", "bfloat16", (16,))
     tried = []
-    monkeypatch.setattr(tasks.attention, "attend", lambda q, k, v, kind: tried.append(kind) or q + k + v)
+    monkeypatch.setattr(compute.attention, "attend", lambda q, k, v, kind: tried.append(kind) or q + k + v)
     assert choose("auto", "bfloat16", (16, 32)) == "cudnn"
     assert tried == ["cudnn", "cudnn"]

@@ -13,6 +13,8 @@ import time
 import clips
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from videomae_jax.data import decode, pipeline, processes, randaugment, reading, sources
 
@@ -201,10 +203,23 @@ def test_each_id_once_per_epoch(source, hosts, workers):
     ],
 )
 def test_the_loader_fills_the_cores_and_no_more(asked, cores, expected):
-    workers, threads, reason = pipeline.loader_size(*asked, cores)
-    assert (workers, threads) == expected
-    assert str(cores) in reason
-    assert ("more threads than cores" in reason) == (max(workers, 1) * threads > cores)
+    size = pipeline.loader_size(*asked, cores, 2**20, 2**40)
+    assert size[:2] == expected
+    assert str(cores) in size.reason
+    assert ("more threads than cores" in size.reason) == (max(size.workers, 1) * size.threads > cores)
+
+
+@given(
+    st.integers(1, 256),
+    st.sampled_from([(-1, -1), (-1, 2)]),
+    st.integers(2**20, 2**30),
+    st.integers(2**33, 2**37),
+)
+def test_the_loader_holds_no_more_than_it_may(cores, asked, batch_bytes, limit):
+    size = pipeline.loader_size(*asked, cores, batch_bytes, limit)
+    assert size.bytes <= limit
+    free = pipeline.loader_size(*asked, cores, batch_bytes, 2**60)
+    assert size.workers == free.workers or f"as many as fit {limit / 2**30:.0f} GiB" in size.reason
 
 
 def test_usable_cores(monkeypatch, tmp_path):

@@ -116,7 +116,7 @@ def test_frozen_blocks_have_no_gradient_and_the_same_output(video, frozen):
     graphdef, state = nnx.split(make())
 
     def loss(params, frozen):
-        return (nnx.merge(graphdef, params).pooled(pixels_of(video), None, frozen) ** 2).sum()
+        return (nnx.merge(graphdef, params).pooled(pixels_of(video), frozen=frozen) ** 2).sum()
 
     params = nnx.to_pure_dict(state)
     jax.tree.map(lambda p: p, params)

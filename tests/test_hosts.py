@@ -112,6 +112,13 @@ def test_two_processes_are_one_run(start, alone, tmp_path):
 
 
 @pytest.mark.slow
+def test_pmap_over_two_processes_is_the_same_run(start, alone, tmp_path):
+    processes = start(tmp_path / "run", 2, "--config.mesh.mapping=pmap")
+    assert finish(processes) == [0, 0], output(processes[0]) + output(processes[1])
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
 def test_stopped_killed_and_resumed_on_other_numbers_of_processes(start, alone, tmp_path):
     """SIGTERM to one of 2, kill -9 of one of 4, then one process with another mesh: the same run."""
     workdir = tmp_path / "run"
@@ -179,7 +186,7 @@ def test_what_hosts_must_have_alike(shapes, tmp_path, monkeypatch, name, value, 
     source = prepared.open_source(str(shapes), "train")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
-        hosts, "together", lambda facts: [facts, {**facts, name: value} if name in facts else facts]
+        hosts, "gather", lambda facts: [facts, {**facts, name: value} if name in facts else facts]
     )
     with pytest.raises(UserError, match=f"host 1 has {text}"):
         hosts.check_agreement(load_config("debug", f"data={shapes}"), source, tmp_path)
@@ -190,7 +197,7 @@ def test_a_failure_of_one_host_is_that_of_all(monkeypatch):
         raise UserError("no videos")
 
     told = []
-    monkeypatch.setattr(hosts, "together", lambda value: [*told, told.append(value) or value])
+    monkeypatch.setattr(hosts, "gather", lambda value: [*told, told.append(value) or value])
     with pytest.raises(UserError, match="no videos"):
         hosts.agreed(fail)
     assert told == ["UserError: no videos"]
@@ -201,7 +208,7 @@ def test_a_failure_of_one_host_is_that_of_all(monkeypatch):
 
 
 def test_one_host_needs_nobody(shapes, tmp_path):
-    assert hosts.together({"a": 1}) == [{"a": 1}]
+    assert hosts.gather({"a": 1}) == [{"a": 1}]
     hosts.wait("nobody")
     hosts.check_agreement(load_config("debug"), prepared.open_source(str(shapes), "train"), tmp_path / "x")
     assert not (tmp_path / "x").exists()
@@ -262,7 +269,7 @@ def hold(path) -> subprocess.Popen:
 
 def test_two_runs_in_one_folder(tmp_path, debug_config):
     """The second is refused and names the first; one that was killed is taken over at once."""
-    from videomae_jax.training import loop
+    from videomae_jax.tasks import table
 
     work = tmp_path / "run"
     other = hold(work / ".lock")
@@ -272,13 +279,13 @@ def test_two_runs_in_one_folder(tmp_path, debug_config):
             with pytest.raises(
                 UserError, match=rf"process {other.pid} on {socket.gethostname()} works with .*run"
             ):
-                loop.run(debug_config, work, time.time())
+                table.train(debug_config, work, time.time())
         assert [path.name for path in work.iterdir()] == [".lock"]
     finally:
         other.kill()
         other.communicate()
     assert (work / ".lock").exists()
-    assert loop.run(debug_config, work, time.time())["step"] == 2
+    assert table.train(debug_config, work, time.time())["step"] == 2
     assert not (work / ".lock").exists()
 
 

@@ -1,5 +1,6 @@
 """Numbers of the published code, on its small random model (see tests/conftest.py for the fixtures)."""
 
+import functools
 import json
 
 import jax
@@ -14,7 +15,9 @@ from safetensors.numpy import load_file
 import videomae_jax as vm
 from videomae_jax import sharding
 from videomae_jax.models import masking, positions, tubelets, vit
-from videomae_jax.training import finetune, optim, step
+from videomae_jax.models.layout import WHOLE
+from videomae_jax.tasks import finetune
+from videomae_jax.training import optim, step
 
 TOLERANCE = 1e-4  # float32 against float32; reached: see docs/parity.md
 
@@ -88,7 +91,7 @@ def losses_of(model, video, mask):
     graphdef, params = nnx.split(model)
     visible, hidden = masking.from_mask(mask)
 
-    def losses(params, _batch, _root, _step):
+    def losses(params):
         return nnx.merge(graphdef, params).clip_losses(video, visible, hidden, True, "mse")
 
     return losses, nnx.to_pure_dict(params)
@@ -109,7 +112,7 @@ def worst_leaf(ours, theirs) -> tuple[float, str]:
 
 def test_every_gradient(model, expected, video, mask):
     losses, params = losses_of(model, video, mask)
-    grads = jax.jit(jax.grad(lambda p: losses(p, None, None, None).mean()))(params)
+    grads = jax.jit(jax.grad(lambda p: losses(p).mean()))(params)
     error, name = worst_leaf(grads, expected_tree(expected, "grad/"))
     assert error < TOLERANCE, name
 
@@ -126,7 +129,11 @@ def assert_three_steps(clip_losses, params, tx, rate, expected, epsilon):
     """Losses and parameters of three updates are the published ones."""
     mesh = mesh_of(1)
     state = step.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-    train_step = step.make_train_step(clip_losses, tx, rate, mesh, sharding.state_sharding(mesh, state))
+
+    def terms(params, _others, batch, *_):
+        return step.Terms(clip_losses(params).sum(), batch["weight"].sum(), {})
+
+    train_step = step.make_train_step(terms, tx, rate, mesh, sharding.state_sharding(mesh, state))
     batch = {"weight": jnp.ones(2)}
     losses = []
     for _ in range(3):
@@ -212,7 +219,6 @@ def smoothed_losses(classifier, finetuned):
         mix=None,
         smoothing=0.1,
         class_weights=None,
-        frozen=0,
     )
     fields = {
         "video": jnp.asarray(finetuned["video_u8"]),
@@ -220,13 +226,13 @@ def smoothed_losses(classifier, finetuned):
     }
     fields["index"] = jnp.arange(2, dtype=jnp.uint32)
     key, first = jax.random.key(0), jnp.int32(0)
-    losses = lambda params, _batch, _root, _step: task.clip_losses(params, fields, key, first)  # noqa: E731
+    losses = lambda params: task.clip_losses(params, fields, key, first, WHOLE)  # noqa: E731
     return losses, nnx.to_pure_dict(nnx.state(classifier, nnx.Param))
 
 
 def test_label_smoothed_loss_and_every_gradient(classifier, finetuned):
     losses, params = smoothed_losses(classifier, finetuned)
-    loss, grads = jax.jit(jax.value_and_grad(lambda p: losses(p, None, None, None).mean()))(params)
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: losses(p).mean()))(params)
     assert relative_error(loss, finetuned["loss_label_smoothing_0.1"]) < TOLERANCE
     error, name = worst_leaf(grads, expected_tree(finetuned, "grad/"))
     assert error < TOLERANCE, name
@@ -234,7 +240,7 @@ def test_label_smoothed_loss_and_every_gradient(classifier, finetuned):
 
 def test_three_finetuning_steps(classifier, finetuned, golden):
     recipe = json.loads((golden / "meta.json").read_text())["finetune"]
-    layers = optim.Layers(recipe["layer_decay"])
+    layers = functools.partial(optim.layer_scales, layers=optim.Layers(recipe["layer_decay"]))
     tx = optim.adamw(tuple(recipe["betas"]), recipe["eps"], recipe["weight_decay"], 0.0, layers)
     losses, params = smoothed_losses(classifier, finetuned)
     assert_three_steps(losses, params, tx, lambda _: recipe["lr"], finetuned, recipe["eps"])

@@ -15,9 +15,10 @@ from videomae_jax import sharding
 from videomae_jax.models import vit
 from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.mae import VideoMAEConfig
-from videomae_jax.training import mixup, optim, step
-from videomae_jax.training.finetune import Finetune
-from videomae_jax.training.pretrain import Pretrain
+from videomae_jax.tasks import mixup
+from videomae_jax.tasks.finetune import Finetune
+from videomae_jax.tasks.pretrain import Pretrain
+from videomae_jax.training import optim, step
 
 BACKBONE = {
     "clip_size": (4, 16, 16),
@@ -41,12 +42,12 @@ FINETUNE = Finetune(
     mix=mixup.Mix(0.8, 1.0, 1.0, 0.5),
     smoothing=0.1,
     class_weights=None,
-    frozen=0,
 )
 ROWS = 16
 ROOT = jax.random.key(7)
 # Not AdamW, whose update of a gradient near 0 is as large as of any other: what is compared is the gradient.
 TX = optim.optax.identity()
+ADAMW = optim.adamw((0.9, 0.95), 1e-8, 0.05, 0.0)
 
 
 def batch_of(rows: int = ROWS) -> dict[str, np.ndarray]:
@@ -64,10 +65,8 @@ def batch_of(rows: int = ROWS) -> dict[str, np.ndarray]:
 
 def run(task, mesh, **options):
     """(state after one step of gradient descent, its metrics)"""
-    state, shardings = step.init_state(task.init, TX, mesh, seed=0)
-    train_step = step.make_train_step(
-        task.clip_losses, TX, lambda _: jnp.float32(1.0), mesh, shardings, **options
-    )
+    state, shardings = step.init_state(step.Recipe(task.init, TX), mesh, seed=0)
+    train_step = step.make_train_step(task.terms, TX, lambda _: jnp.float32(1.0), mesh, shardings, **options)
     return train_step(state, sharding.global_batch(mesh, batch_of()), ROOT)
 
 
@@ -124,6 +123,41 @@ def test_pmap_is_the_same(task, accumulate, alone):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[0].params, jitted[0].params)
 
 
+@pytest.mark.parametrize("mapping", ["jit", "pmap"])
+def test_a_step_is_compiled_once(mapping):
+    compiled = []
+
+    def heard(event, _seconds, **_facts):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    mesh = mesh_of(2)
+    state, shardings = step.init_state(step.Recipe(PRETRAIN.init, ADAMW), mesh, seed=0)
+    train_step = step.make_train_step(
+        PRETRAIN.terms, ADAMW, lambda _: jnp.float32(1.0), mesh, shardings, mapping=mapping
+    )
+    counts, root = [], sharding.replicate(ROOT, mesh)
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        for _ in range(3):
+            state, metrics = train_step(state, sharding.global_batch(mesh, batch_of()), root)
+            jax.block_until_ready(metrics)
+            counts.append(len(compiled))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+    # Under pmap one more program gives each device its rows.
+    assert counts == [1 + (mapping == "pmap")] * 3
+
+
+def test_what_is_whole_is_not_copied():
+    mesh = mesh_of(2, 2)
+    state, _ = step.init_state(step.Recipe(PRETRAIN.init, TX), mesh_of(4), seed=0)
+    assert sharding.replicate(state.params, mesh_of(4)) is state.params
+    parts, _ = step.init_state(step.Recipe(PRETRAIN.init, TX), mesh, seed=0)
+    whole = sharding.replicate(parts.params, mesh)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(whole))
+
+
 @pytest.mark.parametrize(
     "sizes", [slow((1, 1, 1)), slow((4, 1, 1)), slow((2, 2, 1)), slow((1, 2, 2))], ids=str
 )
@@ -142,10 +176,8 @@ def test_remat_is_the_same(remat, sizes, alone):
 
 def compiled(task, mesh, tx=TX, **options):
     """(abstract state, the text of the compiled step); nothing is computed."""
-    state, shardings = step.abstract_state(task.init, tx, mesh)
-    train_step = step.make_train_step(
-        task.clip_losses, tx, lambda _: jnp.float32(1.0), mesh, shardings, **options
-    )
+    state, shardings = step.abstract_state(step.Recipe(task.init, tx), mesh)
+    train_step = step.make_train_step(task.terms, tx, lambda _: jnp.float32(1.0), mesh, shardings, **options)
     rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch_of().items()}
     return state, train_step.lower(state, rows, ROOT).compile().as_text()
 
@@ -204,9 +236,6 @@ def test_mixup_meets_its_partner_on_another_device():
     assert set(found["collective-permute"]) == {(2, 4, 16, 16, 3), (2, 8), (2,)}
 
 
-ADAMW = optim.adamw((0.9, 0.95), 1e-8, 0.05, 0.0)
-
-
 @pytest.mark.parametrize("name", ["small", "base", "huge"])
 def test_fsdp_over_eight_holds_an_eighth(name):
     size = vit.SIZES[name]
@@ -216,7 +245,7 @@ def test_fsdp_over_eight_holds_an_eighth(name):
         decoder=size.decoder,
     )
     task = dataclasses.replace(PRETRAIN, model=config)
-    state, shardings = step.abstract_state(task.init, ADAMW, mesh_of(1, 8))
+    state, shardings = step.abstract_state(step.Recipe(task.init, ADAMW), mesh_of(1, 8))
     whole = sum(leaf.size for leaf in jax.tree.leaves(state))
     parts = jax.tree.map(lambda leaf, s: int(np.prod(s.shard_shape(leaf.shape))), state, shardings)
     assert sum(jax.tree.leaves(parts)) <= whole / 8 * 1.05
@@ -224,11 +253,11 @@ def test_fsdp_over_eight_holds_an_eighth(name):
 
 def test_the_state_is_born_in_parts_and_donated():
     mesh = mesh_of(2, 4)
-    state, shardings = step.init_state(PRETRAIN.init, ADAMW, mesh, seed=0, has_ema=True)
+    state, shardings = step.init_state(step.Recipe(PRETRAIN.init, ADAMW, has_ema=True), mesh, seed=0)
     jax.tree.map(lambda leaf, s: np.testing.assert_equal(leaf.sharding, s), state, shardings)
     moments = state.opt_state[1].mu["encoder"]["blocks"]["attention"]["qkv"]
     assert moments.sharding.spec == PartitionSpec(None, "fsdp", None, "tensor")
-    train_step = step.make_train_step(PRETRAIN.clip_losses, ADAMW, lambda _: jnp.float32(1), mesh, shardings)
+    train_step = step.make_train_step(PRETRAIN.terms, ADAMW, lambda _: jnp.float32(1), mesh, shardings)
     after, _ = train_step(state, sharding.global_batch(mesh, batch_of()), ROOT)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     jax.tree.map(lambda leaf, s: np.testing.assert_equal(leaf.sharding, s), after, shardings)
@@ -236,8 +265,8 @@ def test_the_state_is_born_in_parts_and_donated():
 
 def test_a_leaf_without_a_rule_or_indivisible_is_named():
     mesh = mesh_of(1, 8)
-    with pytest.raises(ValueError, match="no rule matches 'params/encoder/blocks/gate/kernel'"):
-        sharding.state_sharding(mesh, {"params": {"encoder": {"blocks": {"gate": {"kernel": jnp.zeros(1)}}}}})
+    with pytest.raises(ValueError, match="no rule matches 'params/encoder/blocks/gate/table'"):
+        sharding.state_sharding(mesh, {"params": {"encoder": {"blocks": {"gate": {"table": jnp.zeros(1)}}}}})
     leaf = jax.ShapeDtypeStruct((2, 12, 3, 12), jnp.float32)
     with pytest.raises(ValueError, match=r"mesh.fsdp=8 does not divide axis 1 of params/x/blocks/attention/"):
         sharding.state_sharding(mesh, {"params": {"x": {"blocks": {"attention": {"qkv": leaf}}}}})

@@ -19,13 +19,14 @@ from videomae_jax.config import UserError
 from videomae_jax.data import prepare, prepared, transcode
 from videomae_jax.data.collection import Collection, Entry
 from videomae_jax.interop import weights
-from videomae_jax.training import evaluate, loop, report
+from videomae_jax.tasks import evaluate, table
+from videomae_jax.training import report
 
 NAMES = ("step", "loss", "grad_norm", "learning_rate", "validation_top1", "validation_loss")
 
 
 def run(config, place):
-    return loop.run(config, storage.at(place), time.time())
+    return table.train(config, storage.at(place), time.time())
 
 
 def params_of(path):

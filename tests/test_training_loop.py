@@ -13,15 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, load_config
+from conftest import ROOT, load_config, task_of
 from flax import nnx
 
 import videomae_jax as vm
 from videomae_jax import config as settings
 from videomae_jax import sharding
 from videomae_jax.data import pipeline
-from videomae_jax.training import feed, loop, splits, tasks
-from videomae_jax.training.pretrain import Pretrain
+from videomae_jax.tasks import table
+from videomae_jax.tasks.pretrain import Pretrain
+from videomae_jax.training import compute, feed, loop, splits, trainer
 
 STEPS = 40
 
@@ -184,9 +185,9 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(start, undisturbed, t
 
 def test_resume_of_a_finished_run_changes_nothing(shapes, tmp_path, debug_config):
     debug_config.optim.duration = 6
-    first = loop.run(debug_config, tmp_path, time.time())
+    first = table.train(debug_config, tmp_path, time.time())
     params = nnx.to_pure_dict(nnx.state(vm.load(tmp_path), nnx.Param))
-    again = loop.run(debug_config, tmp_path, time.time())
+    again = table.train(debug_config, tmp_path, time.time())
     jax.tree.map(np.testing.assert_array_equal, params, nnx.to_pure_dict(nnx.state(vm.load(tmp_path))))
     assert again == first
     assert len(logged(tmp_path)) == 6
@@ -212,7 +213,7 @@ def with_a_broken_video(tmp_path) -> pathlib.Path:
 def test_a_bad_video_stops_the_run_by_default(with_a_broken_video, tmp_path):
     c = load_config("debug", f"data={with_a_broken_video}")
     with pytest.raises(settings.UserError) as error:
-        loop.run(c, tmp_path / "run", time.time())
+        table.train(c, tmp_path / "run", time.time())
     text = str(error.value)
     assert "1 of 9 videos cannot be decoded" in text
     assert "broken.mp4" in text
@@ -222,7 +223,7 @@ def test_a_bad_video_stops_the_run_by_default(with_a_broken_video, tmp_path):
 def test_a_bad_video_is_named_counted_and_left_out(with_a_broken_video, tmp_path, capsys):
     c = load_config("debug", f"data={with_a_broken_video}")
     c.optim.duration, c.data.max_bad_fraction = 6, 0.12
-    summary = loop.run(c, tmp_path / "run", time.time())
+    summary = table.train(c, tmp_path / "run", time.time())
     assert list(summary["bad_videos"]) == ["broken.mp4"]
     output = capsys.readouterr().out
     assert output.count("bad video, trained without it") == 1
@@ -237,9 +238,9 @@ def test_real_files(real_videos, tmp_path, capsys):
     c = load_config("debug", f"data={real_videos}")
     c.optim.duration, c.data.held_out = 8, 0
     with pytest.raises(settings.UserError, match=r"corrupted\.mp4.*--config\.data\.max_bad_fraction"):
-        loop.run(c, tmp_path / "default", time.time())
+        table.train(c, tmp_path / "default", time.time())
     c.data.max_bad_fraction = 0.1
-    summary = loop.run(c, tmp_path / "raised", time.time())
+    summary = table.train(c, tmp_path / "raised", time.time())
     assert list(summary["bad_videos"]) == ["corrupted.mp4"]
     # At most once in each of 5 epochs: its first 28 frames are whole, and clips from there are used.
     assert 1 <= sum(8 - line["clips"] for line in logged(tmp_path / "raised")) <= 5
@@ -247,11 +248,11 @@ def test_real_files(real_videos, tmp_path, capsys):
 
 def test_a_work_folder_of_another_run_is_refused(shapes, tmp_path, debug_config):
     debug_config.optim.duration = 5
-    loop.run(debug_config, tmp_path, time.time())
+    table.train(debug_config, tmp_path, time.time())
     other = load_config("debug", f"data={shapes}")
     other.optim.update(duration=5, lr=0.5)
     with pytest.raises(settings.UserError, match=r"other settings \(optim.lr: 0.032 -> 0.5\)"):
-        loop.run(other, tmp_path, time.time())
+        table.train(other, tmp_path, time.time())
     fewer = load_config("debug", f"data={shapes / 'validation'}")
     fewer.optim.duration = 5
     fewer.data.path = debug_config.data.path
@@ -259,32 +260,37 @@ def test_a_work_folder_of_another_run_is_refused(shapes, tmp_path, debug_config)
         (tmp_path / "config.json").read_text().replace('"data": "', '"data": "0')
     )
     with pytest.raises(settings.UserError, match="a run on other data"):
-        loop.run(fewer, tmp_path, time.time())
+        table.train(fewer, tmp_path, time.time())
 
 
 @pytest.mark.parametrize("stored", ["auto", "bfloat16"])
 def test_a_run_is_not_resumed_in_another_dtype(tmp_path, debug_config, stored, monkeypatch):
     """What "auto" meant is stored; of older runs it stands beside their weights."""
-    monkeypatch.setattr(loop.tasks.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(compute.jax, "default_backend", lambda: "gpu")
     debug_config.optim.update(duration=2, warmup=1)
     debug_config.model.attention = "xla"
-    loop.run(debug_config, tmp_path, time.time())
+    table.train(debug_config, tmp_path, time.time())
     path = tmp_path / "config.json"
     assert json.loads(path.read_text())["config"]["model"]["dtype"] == "bfloat16"
     path.write_text(path.read_text().replace('"dtype": "bfloat16"', f'"dtype": "{stored}"'))
     monkeypatch.undo()
     with pytest.raises(settings.UserError, match=r"other settings \(model.dtype: bfloat16 -> float32\)"):
-        loop.run(debug_config, tmp_path, time.time())
+        table.train(debug_config, tmp_path, time.time())
     debug_config.model.dtype = "bfloat16"
-    assert loop.run(debug_config, tmp_path, time.time())["step"] == 2
+    assert table.train(debug_config, tmp_path, time.time())["step"] == 2
 
 
 def test_skipped_steps_are_written_down_and_limited(shapes, tmp_path, debug_config, monkeypatch):
     debug_config.optim.max_skipped = 3
-    plain = Pretrain.clip_losses
-    monkeypatch.setattr(Pretrain, "clip_losses", lambda *args: plain(*args) * jnp.nan)
+    plain = Pretrain.terms
+
+    def broken(*args):
+        terms = plain(*args)
+        return terms._replace(total=terms.total * jnp.nan)
+
+    monkeypatch.setattr(Pretrain, "terms", broken)
     with pytest.raises(loop.TrainingError, match="3 steps in a row had no usable gradient"):
-        loop.run(debug_config, tmp_path, time.time())
+        table.train(debug_config, tmp_path, time.time())
     lines = (tmp_path / "skipped_steps.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
     assert [entry["step"] for entry in entries] == [1, 2, 3]
@@ -297,7 +303,7 @@ def test_skipped_steps_are_written_down_and_limited(shapes, tmp_path, debug_conf
 def test_checkpoints_kept(shapes, tmp_path, debug_config):
     debug_config.optim.duration = 12
     debug_config.checkpoint.update(every=2, keep_last=1, keep_every=6)
-    loop.run(debug_config, tmp_path, time.time())
+    table.train(debug_config, tmp_path, time.time())
     kept = {int(d.name) for d in (tmp_path / "checkpoints").iterdir() if d.name.isdigit()}
     assert {6, 12} <= kept
     assert not kept & {2, 4, 8, 10}
@@ -307,18 +313,18 @@ def test_a_run_that_saved_nothing_is_begun_anew(shapes, tmp_path, debug_config):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "log.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"ste')
     debug_config.optim.duration = 4
-    loop.run(debug_config, tmp_path, time.time())
+    table.train(debug_config, tmp_path, time.time())
     assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_batches_must_divide_over_the_devices(tmp_path, debug_config):
     debug_config.data.batch_size = 12
     with pytest.raises(settings.UserError, match=r"batch_size=12 does not divide over .* = 8"):
-        loop.run(debug_config, tmp_path, time.time())
+        table.train(debug_config, tmp_path, time.time())
 
 
 def test_prefetch_hands_over_batches_in_order(shapes, debug_config):
-    task = tasks.make_task(debug_config)
+    task = task_of(debug_config)
     source = splits.open_splits(debug_config).train
     dataset = pipeline.clips(source, task.clip_transform, seed=0, batch_size=8)
     ahead = feed.prefetch(dataset, source, 8, sharding.make_mesh(-1, 1, 1), workers=0, threads=1)
@@ -352,7 +358,7 @@ def test_nothing_is_compiled_or_fetched_after_the_first_step(tmp_path, debug_con
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(event)
 
-    def step(self, *args, plain=loop.report.Report.step):
+    def step(self, *args, plain=trainer.report.Report.step):
         counts.append(len(compiled))
         return plain(self, *args)
 
@@ -360,13 +366,13 @@ def test_nothing_is_compiled_or_fetched_after_the_first_step(tmp_path, debug_con
         fetched.append(sorted(tree) if isinstance(tree, dict) else tree)
         return plain(tree)
 
-    monkeypatch.setattr(loop.report.Report, "step", step)
+    monkeypatch.setattr(trainer.report.Report, "step", step)
     monkeypatch.setattr(jax, "device_get", device_get)
     jax.monitoring.register_event_duration_secs_listener(heard)
     debug_config.optim.duration, debug_config.checkpoint.every = 8, 3
     try:
         with jax.transfer_guard_device_to_host("disallow"):
-            loop.run(debug_config, tmp_path, time.time())
+            table.train(debug_config, tmp_path, time.time())
     finally:
         jax.monitoring.unregister_event_duration_listener(heard)
     assert counts[0] > 0
@@ -380,7 +386,7 @@ def test_meshes_train_alike_and_resume_each_other(mesh, tmp_path, debug_config):
     """Half of the run on another mesh: the log is that of a run that never changed it."""
     debug_config.optim.duration, debug_config.checkpoint.every = 10, 5
     debug_config.model.decoder.num_heads = 2
-    loop.run(debug_config, tmp_path / "plain", time.time())
+    table.train(debug_config, tmp_path / "plain", time.time())
     debug_config.mesh.update(mesh)
     plain = feed.prefetch
 
@@ -392,9 +398,9 @@ def test_meshes_train_alike_and_resume_each_other(mesh, tmp_path, debug_config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feed, "prefetch", stop_after_five)
         with pytest.raises(KeyboardInterrupt):
-            loop.run(debug_config, tmp_path / "other", time.time())
+            table.train(debug_config, tmp_path / "other", time.time())
     debug_config.mesh = settings.defaults().mesh
-    loop.run(debug_config, tmp_path / "other", time.time())
+    table.train(debug_config, tmp_path / "other", time.time())
     losses = [[line["loss"] for line in logged(tmp_path / name)] for name in ("plain", "other")]
     assert len(losses[1]) == 10
     np.testing.assert_allclose(*losses, rtol=1e-5)

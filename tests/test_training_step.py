@@ -12,9 +12,10 @@ from conftest import mesh_of
 
 from videomae_jax import sharding
 from videomae_jax.models import vit
+from videomae_jax.models.layout import WHOLE
 from videomae_jax.models.mae import VideoMAEConfig
+from videomae_jax.tasks.pretrain import Pretrain
 from videomae_jax.training import optim, step
-from videomae_jax.training.pretrain import Pretrain
 
 CONFIG = VideoMAEConfig(
     clip_size=(4, 16, 16),
@@ -40,14 +41,14 @@ def batch_of(rows: int = 8, **changes) -> dict[str, np.ndarray]:
 
 def mean_loss(task, params, batch, root=ROOT):
     """The loss that the step takes the gradient of."""
-    losses = task.clip_losses(params, batch, root, jnp.int32(0))
-    return jnp.sum(batch["weight"] * losses) / jnp.maximum(batch["weight"].sum(), 1)
+    terms = task.terms(params, None, batch, root, jnp.int32(0), WHOLE)
+    return terms.total / terms.weight
 
 
-def prepare(mesh, loss=TASK.clip_losses):
+def prepare(mesh, terms=TASK.terms):
     tx = optim.adamw((0.9, 0.95), 1e-8, 0.05, 0.0)
-    state, shardings = step.init_state(TASK.init, tx, mesh, seed=0)
-    return state, step.make_train_step(loss, tx, lambda _: jnp.float32(1e-3), mesh, shardings)
+    state, shardings = step.init_state(step.Recipe(TASK.init, tx), mesh, seed=0)
+    return state, step.make_train_step(terms, tx, lambda _: jnp.float32(1e-3), mesh, shardings)
 
 
 def run(mesh, batch):
@@ -97,10 +98,11 @@ def test_a_batch_without_a_usable_clip_changes_nothing():
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poison):
     mesh = mesh_of(2)
 
-    def loss(params, batch, root, step):
-        return TASK.clip_losses(params, batch, root, step) * jnp.where(batch["label"][0] == 1, poison, 1.0)
+    def poisoned(params, others, batch, *rest):
+        terms = TASK.terms(params, others, batch, *rest)
+        return terms._replace(total=terms.total * jnp.where(batch["label"][0] == 1, poison, 1.0))
 
-    state, train_step = prepare(mesh, loss)
+    state, train_step = prepare(mesh, poisoned)
     before = jax.device_get(state)
     bad = sharding.global_batch(mesh, batch_of(label=np.ones(8, np.int32)))
     state, metrics = train_step(state, bad, ROOT)
@@ -130,7 +132,7 @@ def test_no_random_stream_serves_two_uses():
     def given(key):  # what a task's `init` gets
         return {"bias": jax.random.key_data(key)}
 
-    state, _ = step.init_state(given, optax.identity(), mesh_of(1), seed=3)
+    state, _ = step.init_state(step.Recipe(given, optax.identity()), mesh_of(1), seed=3)
     streams = [step.stream(root, name) for name in step._STREAMS[:-1]]
     parents = [jax.random.wrap_key_data(state.params["bias"]), *streams]
     keys = {}

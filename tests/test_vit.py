@@ -10,6 +10,7 @@ from flax import nnx
 
 import videomae_jax as vm
 from videomae_jax.models import attention, positions, vit
+from videomae_jax.models.layout import WHOLE
 
 # (N, D): row 1 columns 0-3 and last two, row N-1 columns 0-3 and last two, sum (fact sheet 1.2)
 TABLES = {
@@ -163,7 +164,7 @@ def test_stacked_blocks_equal_a_loop_over_layers(rng):
     graphdef, params = nnx.split(blocks)
     y = x
     for i in range(3):
-        y = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params))(y, None)
+        y = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params))(y, None, WHOLE)
     scanned = vit.run_blocks(blocks, x, vit.Compute(), 0.0, None)
     np.testing.assert_allclose(scanned, y, atol=1e-5)
     kernels = np.asarray(blocks.fc1.kernel[...])

@@ -36,9 +36,9 @@ _HOSTS_HELP = "Processes of the run: auto, tpu, slurm, or I/N@HOST:PORT (this on
 def _train(values: Any, _arguments: list[str], started: float) -> None:
     _compile_cache()
     _start_hosts(values.hosts)
-    from videomae_jax.training import loop
+    from videomae_jax.tasks import table
 
-    loop.run(values.config, storage.at(values.workdir), started)
+    table.train(values.config, storage.at(values.workdir), started)
 
 
 def _train_flags(values: flags.FlagValues) -> None:
@@ -111,7 +111,7 @@ def _hints(values: Any) -> Any:
 def _evaluate(values: Any, _arguments: list[str], _started: float) -> None:
     _compile_cache()
     _start_hosts(values.hosts)
-    from videomae_jax.training import evaluate
+    from videomae_jax.tasks import evaluate
 
     evaluate.run(values.config, storage.at(values.workdir), values.checkpoint, _hints(values))
 

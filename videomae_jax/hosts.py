@@ -38,7 +38,7 @@ def is_writer() -> bool:
     return jax.process_index() == 0
 
 
-def together(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
     """The `value` of every host, in their order; plain JSON data. All hosts must ask."""
     if jax.process_count() == 1:
         return [value]
@@ -89,7 +89,7 @@ def check_same(**more: Any) -> None:
         "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
         **more,
     }
-    everyone = together(facts)
+    everyone = gather(facts)
     for host, theirs in enumerate(everyone):
         for name, fact in theirs.items():
             if fact != everyone[0][name]:
@@ -107,9 +107,9 @@ def agreed(prepare: Callable[[], T]) -> T:
     try:
         value = prepare()
     except Exception as error:
-        together(f"{type(error).__name__}: {error}")
+        gather(f"{type(error).__name__}: {error}")
         raise
-    for host, problem in enumerate(together("")):
+    for host, problem in enumerate(gather("")):
         if problem:
             raise UserError(f"host {host} stopped: {problem}")
     return value
@@ -123,7 +123,7 @@ def check_agreement(config: Config, source: Source, workdir: Place, **facts: Any
     """
     if jax.process_count() == 1:
         return
-    everyone = together(settings.flatten(config))
+    everyone = gather(settings.flatten(config))
     for host, theirs in enumerate(everyone):
         for key, value in theirs.items():
             if value != everyone[0].get(key) and not _OWN.fullmatch(key):
@@ -137,7 +137,7 @@ def check_agreement(config: Config, source: Source, workdir: Place, **facts: Any
 
 def _check_workdir(workdir: Place) -> None:
     """Refuses a work folder that some host cannot write, or that is not the same one on all of them."""
-    token = together(os.urandom(8).hex())[0]
+    token = gather(os.urandom(8).hex())[0]
     names = [f".host-{host}-{token}" for host in range(jax.process_count())]
     mine = workdir / names[jax.process_index()]
     trouble = ""
@@ -146,7 +146,7 @@ def _check_workdir(workdir: Place) -> None:
         mine.touch()
     except OSError as error:
         trouble = f"cannot write {workdir} ({error.strerror or error}): give it the right to"
-    problems = together(trouble)
+    problems = gather(trouble)
     if not any(problems):
         seen = [name for name in names if (workdir / name).exists()]
         is_shared = (
@@ -154,7 +154,7 @@ def _check_workdir(workdir: Place) -> None:
             if len(seen) == len(names)
             else (f"has a {workdir} of its own: name a --workdir that all hosts share")
         )
-        problems = together(is_shared)
+        problems = gather(is_shared)
     wait("work folder")
     with contextlib.suppress(OSError):
         mine.unlink()

@@ -1,14 +1,13 @@
 """Hosts, the device mesh ('data', 'fsdp', 'tensor'), path rules for parameters, and what devices exchange."""
 
-import contextlib
-import contextvars
 import functools
 import os
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -18,7 +17,8 @@ AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")
 """Axes that a batch is cut over."""
 
-# First match wins; every leaf of the train state must match: parameters, their moments and their average.
+# First match wins; every leaf of the train state must match: parameters, their moments and their average, and
+# the trees that a method has beside them.
 # Matrices are cut over `fsdp` along the width, and over `tensor` along heads and hidden units, so that a
 # block needs one sum over `tensor` after each of its branches. Vectors are small: whole everywhere, but for
 # those that are added where `tensor` has cut.
@@ -28,7 +28,7 @@ STATE_RULES: Sequence[tuple[str, PartitionSpec]] = (
     (r".*/blocks/fc1/kernel", PartitionSpec(None, "fsdp", "tensor")),
     (r".*/blocks/(attention/out|fc2)/kernel", PartitionSpec(None, "tensor", "fsdp")),
     (r".*/blocks/(attention/[qv]_bias|fc1/bias)", PartitionSpec(None, "tensor")),
-    (r".*/(embed/kernel|decoder/project|head/kernel)", PartitionSpec("fsdp")),
+    (r".*/(kernel|decoder/project)", PartitionSpec("fsdp")),
     (r".*/(bias|scale|gamma[12]|mask_token)", PartitionSpec()),
 )
 
@@ -110,18 +110,18 @@ def state_sharding(mesh: Mesh, abstract_state: Any) -> Any:
         ValueError: a leaf that no rule matches, or one that the mesh does not divide.
     """
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def sharding_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
         spec = first_match(STATE_RULES, name)
-        for axis, cut_by in enumerate(spec):
-            if cut_by and leaf.shape[axis] % mesh.shape[cut_by]:
+        for axis, mesh_axis in enumerate(spec):
+            if mesh_axis and leaf.shape[axis] % mesh.shape[mesh_axis]:
                 raise ValueError(
-                    f"mesh.{cut_by}={mesh.shape[cut_by]} does not divide axis {axis} of {name}, whose shape "
-                    f"is {list(leaf.shape)}: choose a divisor of {leaf.shape[axis]}"
+                    f"mesh.{mesh_axis}={mesh.shape[mesh_axis]} does not divide axis {axis} of {name}, whose "
+                    f"shape is {list(leaf.shape)}: choose a divisor of {leaf.shape[axis]}"
                 )
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, abstract_state)
+    return jax.tree_util.tree_map_with_path(sharding_of, abstract_state)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -134,9 +134,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def place(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def distribute(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """A global array from a value that is the same on all hosts; each takes its part of it."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def reassemble(tree: Any, target: NamedSharding) -> Any:
+    """The same buffers as arrays over other devices: those of this host instead of all, or the other way."""
+    order = sorted(target.addressable_devices, key=lambda device: device.id)
+
+    def assemble(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            words = assemble(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+        parts = {shard.device: shard.data for shard in leaf.addressable_shards}
+        pieces = [parts[device] for device in order]
+        shape = pieces[0].shape
+        if target.spec:
+            shape = (shape[0] * target.mesh.size, *shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, target, pieces)
+
+    return jax.tree.map(assemble, tree)
 
 
 @functools.cache
@@ -145,8 +163,16 @@ def _replicator(mesh: Mesh) -> Any:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Whole on every device: arrays that the mesh cuts, or NumPy arrays that are the same on all hosts."""
-    return _replicator(mesh)(tree)
+    """Whole on every device: arrays that the mesh cuts, or NumPy arrays that are the same on all hosts.
+
+    What is whole everywhere already is not copied.
+    """
+    whole = replicated(mesh)
+
+    def is_whole(leaf: Any) -> bool:
+        return isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(whole, leaf.ndim)
+
+    return tree if all(map(is_whole, jax.tree.leaves(tree))) else _replicator(mesh)(tree)
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -197,7 +223,7 @@ def gather(params: Any, prefix: str = "", stacked: bool = False) -> Any:
 
     def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         spec = first_match(STATE_RULES, prefix + path_name(path))
-        axes = [axis for axis, cut_by in enumerate(spec) if cut_by == "fsdp"]
+        axes = [axis for axis, mesh_axis in enumerate(spec) if mesh_axis == "fsdp"]
         return jax.lax.all_gather(leaf, "fsdp", axis=axes[0] - stacked, tiled=True) if axes else leaf
 
     return jax.tree_util.tree_map_with_path(whole, params)
@@ -217,25 +243,3 @@ def leave_tensor(x: jax.Array) -> jax.Array:
 
 enter_tensor.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.psum(grad, "tensor"),))
 leave_tensor.defvjp(lambda x: (jax.lax.psum(x, "tensor"), None), lambda _, grad: (grad,))
-
-
-_row_axes: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("row_axes", default=())
-
-
-@contextlib.contextmanager
-def rows_over(axes: tuple[str, ...]) -> Generator[None]:
-    """While a function is traced that is mapped over `axes`, each of which cuts the batch."""
-    token = _row_axes.set(axes)
-    try:
-        yield
-    finally:
-        _row_axes.reset(token)
-
-
-def mirrored(rows: jax.Array) -> jax.Array:
-    """Row B - 1 - i of the global batch in the place of row i, wherever it is."""
-    axes = _row_axes.get()
-    if not axes:
-        return rows[::-1]
-    devices = jax.lax.axis_size(axes)
-    return jax.lax.ppermute(rows[::-1], axes, [(i, devices - 1 - i) for i in range(devices)])

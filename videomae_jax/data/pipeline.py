@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -19,6 +19,14 @@ from videomae_jax.data.sources import Record, Source
 
 HOST_ONLY = ("record", "error", "num_frames")
 """Fields of a batch that stay on the host: which videos, why one could not be decoded, how long it is."""
+
+
+@runtime_checkable
+class ClipTransform(Protocol):
+    """Record -> clips and their fields, each with a leading axis of `clips_per_video`: a Grain transform."""
+
+    @property
+    def clips_per_video(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +178,11 @@ class TestViews(grain.transforms.Map):
     segments: int
     crops: int
 
+    @property
+    def clips_per_video(self) -> int:
+        """Views of each video."""
+        return self.segments * self.crops
+
     def map(  # pyright: ignore[reportIncompatibleMethodOverride] (Grain's own says None)
         self, element: tuple[int, Record | None]
     ) -> dict[str, Any]:
@@ -187,7 +200,7 @@ class TestViews(grain.transforms.Map):
                 ]
             )
 
-        return _element(*element, views, (self.segments * self.crops, self.frames, *self.size, 3))
+        return _element(*element, views, (self.clips_per_video, self.frames, *self.size, 3))
 
     def _segment(self, num_frames: int, segment: int) -> np.ndarray:
         if self.stride:
@@ -259,7 +272,7 @@ def middle_clips(source: Source, clip: MiddleClip) -> tuple[np.ndarray, list[str
 
 def clips(
     source: Source,
-    transform: PretrainClip | FinetuneClip | ValidationClip,
+    transform: ClipTransform,
     *,
     seed: int,
     batch_size: int,
@@ -287,7 +300,8 @@ def clips(
     stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat(2**32 // len(source) + 1)
     numbered = stream.map_with_index(lambda index, record: (index, record))
     is_random = isinstance(transform, grain.transforms.RandomMap)
-    drawn = numbered.random_map(transform) if is_random else numbered.map(transform)
+    draw: Any = numbered.random_map if is_random else numbered.map
+    drawn = draw(transform)
     # Slicing after random_map: before it, every host would draw from the same random stream.
     return drawn[start_step * videos + host :: hosts]
 
@@ -304,24 +318,42 @@ def once(
     return places.map(lambda i: (i, source[i] if i < len(source) else None)).map(transform)
 
 
+class LoaderSize(NamedTuple):
+    """Processes (0: threads of this one), threads in each, bytes of clips held at most, and why so many."""
+
+    workers: int
+    threads: int
+    bytes: int
+    reason: str
+
+    def __str__(self) -> str:
+        workers = f"{self.workers} processes x " if self.workers else ""
+        return f"{workers}{self.threads} threads, {self.bytes / 2**30:.1f} GiB of clips ({self.reason})"
+
+
+_AHEAD = 2
+"""Whole batches that are ready before the reader asks: of all, or of each process."""
+
+
 def iterate(
     dataset: grain.MapDataset, host_videos: int, *, workers: int, threads: int, by_video: bool = False
 ) -> grain.DatasetIterator[dict[str, Any]]:
-    """Batches of the clips of `host_videos` videos, made ahead of their reader: two, or two per worker.
+    """Batches of the clips of `host_videos` videos, made ahead of their reader.
 
     Args:
-        by_video: keep the clips (or views) of a video on an axis of their own, [videos, views, ...].
         workers: processes, each making whole batches; 0 makes clips in `threads` threads of this process.
         threads: threads in each process; libav and PIL let Python go on meanwhile.
+        by_video: keep the clips (or views) of a video on an axis of their own, [videos, views, ...].
     """
     if not workers:
-        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * host_videos, threads))
+        buffer = max(_AHEAD * host_videos, threads)
+        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
         batches = dataset.to_iter_dataset(ahead).batch(host_videos)
         batches = batches if by_video else batches.map(_merged)
         # Joined in a thread too: the reader finds whole batches waiting.
-        return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))
+        return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_AHEAD))
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
     batches = dataset.batch(host_videos).to_iter_dataset(ahead)
     batches = batches.mp_prefetch(options, worker_init_fn=functools.partial(_start_worker, os.getpid()))
     return iter(batches if by_video else batches.map(_merged))
@@ -331,21 +363,33 @@ _PROCESS_THREADS = 4
 """Loader threads in one process: with more, Python's lock (a tenth of a prepared clip's time) is felt."""
 
 
-def loader_size(workers: int, threads: int, cores: int) -> tuple[int, int, str]:
-    """(processes, threads in each, the reason); -1 stands for a number that fills the cores and no more.
+def loader_size(workers: int, threads: int, cores: int, batch_bytes: int, limit: int) -> LoaderSize:
+    """How a loader uses `cores` and at most `limit` bytes; -1 stands for a number that fills them.
 
-    >>> loader_size(-1, -1, 2)[:2], loader_size(-1, -1, 16)[:2], loader_size(8, -1, 16)[:2]
-    ((0, 2), (4, 4), (8, 2))
+    >>> [loader_size(-1, -1, cores, 2**20, 2**30)[:2] for cores in (2, 16)]
+    [(0, 2), (4, 4)]
+    >>> loader_size(8, -1, 16, 2**20, 2**30)[:2], loader_size(-1, -1, 208, 2**30, 2**34)[:2]
+    ((8, 2), (2, 4))
     """
-    asked = f"as set, {cores} cores" if workers >= 0 and threads >= 0 else f"of {cores} usable cores"
+
+    def held(workers: int, threads: int) -> int:
+        # Of each process, batches under way in its threads and those ready; and what waits for the device.
+        return ((workers * (max(2, threads) + _AHEAD) if workers else 2 * _AHEAD) + _AHEAD + 1) * batch_bytes
+
+    reason = f"as set, {cores} cores" if workers >= 0 and threads >= 0 else f"of {cores} usable cores"
     if workers < 0:
         per_process = threads if threads > 0 else _PROCESS_THREADS
-        workers = 0 if cores <= per_process else cores // per_process
+        wanted = workers = 0 if cores <= per_process else cores // per_process
+        while workers and held(workers, per_process) > limit:
+            workers -= 1
+        if workers < wanted:
+            reason += f", as many as fit {limit / 2**30:.0f} GiB"
+        threads = per_process if workers else threads
     if threads < 0:
         threads = max(cores // max(workers, 1), 1)
     if max(workers, 1) * threads > cores:
-        asked += ", more threads than cores"
-    return workers, threads, asked
+        reason += ", more threads than cores"
+    return LoaderSize(workers, threads, held(workers, threads), reason)
 
 
 def _start_worker(parent: int, _worker: int, _workers: int) -> None:

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 
 from videomae_jax.models import attention, tubelets, vit
+from videomae_jax.models.layout import WHOLE, Layout
 
 POOLING = ("mean", "first")
 HEADS = ("softmax", "multilabel", "regression")
@@ -60,7 +61,11 @@ class VideoClassifier(nnx.Module):
         self.head.kernel[...] = self.head.kernel[...] * config.head_scale
 
     def pooled(
-        self, pixels: Float[Array, "B T H W C"], keys: Key[Array, " B"] | None = None, frozen: int = 0
+        self,
+        pixels: Float[Array, "B T H W C"],
+        keys: Key[Array, " B"] | None = None,
+        layout: Layout = WHOLE,
+        frozen: int = 0,
     ) -> Float[Array, "B D"]:
         """Features of normalised clips, after the norm, float32.
 
@@ -68,18 +73,22 @@ class VideoClassifier(nnx.Module):
             keys: one per clip make drop path active.
             frozen: no gradient for the embedding and this many blocks; 0 freezes nothing.
         """
-        tokens = self._encode(pixels, keys, frozen)
+        tokens = self._encode(pixels, keys, layout, frozen)
         # Of the first token alone the norm is the same as of all tokens before taking it.
         return self.norm(tokens.mean(axis=1) if self.config.pooling == "mean" else tokens[:, 0])
 
     def _encode(
-        self, pixels: Float[Array, "B T H W C"], keys: Key[Array, " B"] | None = None, frozen: int = 0
+        self,
+        pixels: Float[Array, "B T H W C"],
+        keys: Key[Array, " B"] | None = None,
+        layout: Layout = WHOLE,
+        frozen: int = 0,
     ) -> Float[Array, "B N D"]:
         _, t, h, w, _ = pixels.shape
         grid = tubelets.grid_of((t, h, w), self.config.tubelet)
         positions = jnp.asarray(self.config.positions(grid, self.config.encoder.width))[None]
-        cut = tubelets.patchify(pixels, self.config.tubelet)
-        return self.encoder(cut, positions, keys, frozen).astype(jnp.float32)
+        patches = tubelets.patchify(pixels, self.config.tubelet)
+        return self.encoder(patches, positions, keys, layout, frozen).astype(jnp.float32)
 
     def tokens(self, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B N D"]:
         """Every token after the norm, float32; for use inside `jax.jit`."""

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from videomae_jax.models import masking, tubelets, vit
+from videomae_jax.models.layout import WHOLE, Layout
 from videomae_jax.models.tubelets import Grid
 
 
@@ -90,6 +91,7 @@ class VideoMAE(nnx.Module):
         video: UInt8[Array, "B T H W C"],
         visible: Int[Array, "B V"],
         keys: Key[Array, " B"] | None = None,
+        layout: Layout = WHOLE,
     ) -> Float[Array, "B V D"]:
         """Tokens of the visible tubelets after the final LayerNorm, in the compute dtype.
 
@@ -100,7 +102,7 @@ class VideoMAE(nnx.Module):
         raw = tubelets.take(tubelets.patchify(video, c.tubelet), visible)
         pixels = tubelets.normalize_pixels(raw, c.pixel_mean, c.pixel_std)
         positions = self._positions(grid, c.encoder.width)[visible]
-        tokens = self.encoder(pixels, positions, keys)
+        tokens = self.encoder(pixels, positions, keys, layout)
         return self.encoder.norm(tokens) if c.encoder_norm else tokens
 
     def tokens(self, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B N D"]:
@@ -120,6 +122,7 @@ class VideoMAE(nnx.Module):
         hidden: Int[Array, "B M"],
         grid: Grid,
         keys: Key[Array, " B"] | None = None,
+        layout: Layout = WHOLE,
     ) -> Float[Array, "B M P"]:
         """Predicts the hidden tubelets from encoded visible ones; float32, in the order of `hidden`."""
         if self.config.decoder is None:
@@ -133,7 +136,7 @@ class VideoMAE(nnx.Module):
         shown, masks = x.astype(jnp.float32) + table[visible], self.decoder.mask_token[...] + table[hidden]
         x = jnp.concatenate([shown.astype(x.dtype), masks.astype(x.dtype)], axis=1)
         compute, rate = self.config.compute, self.config.drop_path
-        x = vit.run_blocks(self.decoder.blocks, x, compute, rate, keys)
+        x = vit.run_blocks(self.decoder.blocks, x, compute, rate, keys, layout)
         x = self.decoder.norm(x[:, visible.shape[1] :])
         return self.decoder.head(x).astype(jnp.float32)
 
@@ -143,11 +146,12 @@ class VideoMAE(nnx.Module):
         visible: Int[Array, "B V"],
         hidden: Int[Array, "B M"],
         keys: Key[Array, " B"] | None = None,
+        layout: Layout = WHOLE,
     ) -> Float[Array, "B M P"]:
         """As `__call__`, with index arrays instead of a mask; for use inside `jax.jit`."""
         encoder_keys, decoder_keys = (None, None) if keys is None else jax.vmap(jax.random.split, 0, 1)(keys)
-        tokens = self.encode_visible(video, visible, encoder_keys)
-        return self.decode(tokens, visible, hidden, self._check(video), decoder_keys)
+        tokens = self.encode_visible(video, visible, encoder_keys, layout)
+        return self.decode(tokens, visible, hidden, self._check(video), decoder_keys, layout)
 
     def clip_losses(
         self,
@@ -157,9 +161,10 @@ class VideoMAE(nnx.Module):
         normalize_target: bool,
         kind: str,
         keys: Key[Array, " B"] | None = None,
+        layout: Layout = WHOLE,
     ) -> Float[Array, "B"]:
         """Reconstruction loss of each clip, float32; the batch loss is its (weighted) mean."""
-        prediction = self.predict(video, visible, hidden, keys)
+        prediction = self.predict(video, visible, hidden, keys, layout)
         raw = tubelets.take(tubelets.patchify(video, self.config.tubelet), hidden)
         target = tubelets.reconstruction_target(raw, self.config.channels, normalize_target)
         return tubelets.reconstruction_error(prediction, jax.lax.stop_gradient(target), kind)

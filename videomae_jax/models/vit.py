@@ -4,13 +4,11 @@ Blocks are stacked on a leading depth axis and run by `lax.scan`, so compile tim
 Modules own parameters only; randomness arrives as one key per example (None: evaluation).
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Generator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +18,7 @@ from jaxtyping import Array, Float, Key
 
 from videomae_jax.models import positions, tubelets
 from videomae_jax.models.attention import KINDS, attend
+from videomae_jax.models.layout import WHOLE, Layout
 from videomae_jax.models.tubelets import Grid
 
 
@@ -202,7 +201,7 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "*S E"], leave: Callable[[jax.Array], jax.Array] = lambda x: x
     ) -> Float[Array, "*S D"]:
-        """With `leave`, what becomes of the product before the bias is added; see `Cut`."""
+        """With `leave`, what becomes of the product before the bias is added; see `Layout`."""
         return add_bias(leave(x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)), self.bias[...])
 
 
@@ -210,33 +209,6 @@ def layer_norm(width: int, epsilon: float, dtype: str, rngs: nnx.Rngs) -> nnx.La
     """LayerNorm with float32 statistics."""
     # The fast variance E[x^2] - E[x]^2 cancels: 7e-5 relative error where this form has 2e-6.
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=jnp.dtype(dtype), rngs=rngs)
-
-
-class Cut(NamedTuple):
-    """How blocks run whose parameters are cut over devices; see `cut_blocks`.
-
-    Attributes:
-        gather: the parameters of a block, as far as it needs them, from this device's part of them.
-        enter: what its heads and hidden units read, from what every device has.
-        leave: what every device has, from what its heads and hidden units add to it.
-    """
-
-    gather: Callable[[Any], Any] | None = None
-    enter: Callable[[jax.Array], jax.Array] = lambda x: x
-    leave: Callable[[jax.Array], jax.Array] = lambda x: x
-
-
-_cut: contextvars.ContextVar[Cut] = contextvars.ContextVar("cut", default=Cut())  # noqa: B039, immutable
-
-
-@contextlib.contextmanager
-def cut_blocks(cut: Cut) -> Generator[None]:
-    """While a function is traced that runs on each device's part of the blocks."""
-    token = _cut.set(cut)
-    try:
-        yield
-    finally:
-        _cut.reset(token)
 
 
 class Attention(nnx.Module):
@@ -253,18 +225,17 @@ class Attention(nnx.Module):
         self.v_bias = nnx.Param(jnp.zeros(d))
         self.out = Linear(d, d, compute.dtype, rngs, kernel_init)
 
-    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    def __call__(self, x: Float[Array, "B N D"], layout: Layout) -> Float[Array, "B N D"]:
         b, n, d = x.shape
-        cut = _cut.get()
         # Matmuls on flat tokens: with a batch axis XLA's CPU backward pass takes twice as long.
-        flat = cut.enter(x.reshape(b * n, d))
+        flat = layout.enter(x.reshape(b * n, d))
         qkv = jnp.einsum("td,dce->tce", flat, self.qkv[...].astype(self.dtype))
         q, k, v = jnp.moveaxis(qkv, 1, 0)
         q, v = add_bias(q, self.q_bias[...]), add_bias(v, self.v_bias[...])
         # All heads, or those of this device.
         q, k, v = (x.reshape(b, n, -1, d // self.num_heads).transpose(0, 2, 1, 3) for x in (q, k, v))
         out = attend(q, k, v, self.kind).transpose(0, 2, 1, 3).reshape(b * n, -1)
-        return self.out(out, cut.leave).reshape(b, n, d)
+        return self.out(out, layout.leave).reshape(b, n, d)
 
 
 class Block(nnx.Module):
@@ -291,18 +262,17 @@ class Block(nnx.Module):
             self.gamma2 = nnx.Param(jnp.full(d, layer_scale))
 
     def __call__(
-        self, x: Float[Array, "B N D"], branch_scales: Float[Array, "2 B"] | None
+        self, x: Float[Array, "B N D"], branch_scales: Float[Array, "2 B"] | None, layout: Layout
     ) -> Float[Array, "B N D"]:
         """`branch_scales` multiply the two branches of each example (see `drop_path_scales`)."""
-        y = self.attention(self.norm1(x))
+        y = self.attention(self.norm1(x), layout)
         if self.has_layer_scale:
             y = _scaled(y, self.gamma1[...])
         if branch_scales is not None:
             y = y * branch_scales[0, :, None, None].astype(y.dtype)
         x = x + y
-        cut = _cut.get()
-        y = cut.enter(self.norm2(x).reshape(-1, x.shape[-1]))
-        y = self.fc2(gelu(self.fc1(y)), cut.leave).reshape(x.shape)
+        y = layout.enter(self.norm2(x).reshape(-1, x.shape[-1]))
+        y = self.fc2(gelu(self.fc1(y)), layout.leave).reshape(x.shape)
         if self.has_layer_scale:
             y = _scaled(y, self.gamma2[...])
         if branch_scales is not None:
@@ -360,6 +330,7 @@ def run_blocks(
     compute: Compute,
     drop_path_rate: float,
     keys: Key[Array, " B"] | None,
+    layout: Layout = WHOLE,
     frozen: int = 0,
 ) -> Float[Array, "B N D"]:
     """Applies stacked blocks in order, with drop path (see `drop_path_scales`) where there are keys.
@@ -368,14 +339,14 @@ def run_blocks(
         frozen: no gradient is computed for this many blocks from the first, nor for what is below them.
     """
     graphdef, params = nnx.split(blocks)
-    depth, gather = blocks.fc1.kernel.shape[0], _cut.get().gather
+    depth, gather = blocks.fc1.kernel.shape[0], layout.gather_block
     layers = (nnx.to_pure_dict(params), drop_path_scales(keys, drop_path_rate, depth))
 
     def layer(x, xs):
         block_params, scales = xs
         if gather:
             block_params = gather(block_params)
-        return nnx.merge(graphdef, block_params)(x, scales), None
+        return nnx.merge(graphdef, block_params)(x, scales, layout), None
 
     policy = _REMAT[compute.remat]
     if gather and compute.remat == "none":
@@ -431,11 +402,12 @@ class Trunk(nnx.Module):
         pixels: Float[Array, "B K P"],
         positions: Float[Array, "#B K D"],
         keys: Key[Array, " B"] | None = None,
+        layout: Layout = WHOLE,
         frozen: int = 0,
     ) -> Float[Array, "B K D"]:
         """Tokens of normalised tubelets at their positions, before any final norm; see `run_blocks`."""
         x = self.embed(pixels, positions)
-        return run_blocks(self.blocks, x, self.config.compute, self.config.drop_path, keys, frozen)
+        return run_blocks(self.blocks, x, self.config.compute, self.config.drop_path, keys, layout, frozen)
 
 
 @functools.lru_cache

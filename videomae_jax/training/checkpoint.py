@@ -18,7 +18,7 @@ from videomae_jax.training.step import TrainState
 
 
 class Checkpoints:
-    """WORKDIR/checkpoints/STEP: the items `params`, `optimizer` (step and average too), `meta` (JSON).
+    """WORKDIR/checkpoints/STEP: the items `params`, `optimizer` (all else of the state), `meta` (JSON).
 
     Use it as a context manager.
 
@@ -132,7 +132,7 @@ class Best:
         """
         value = validated[f"validation_{self.metric}"]
         if (
-            validated["validation_not_finite"]
+            validated.get("validation_not_finite")
             or not value > (self.found or {self.metric: -math.inf})[self.metric]
         ):
             return
@@ -154,4 +154,5 @@ class Best:
 
 def _beside_params(state: TrainState) -> dict[str, Any]:
     fields = state._asdict()
-    return {name: fields[name] for name in ("step", "opt_state", "ema") if fields[name] is not None}
+    names = ("step", "opt_state", "ema", "others")
+    return {name: fields[name] for name in names if fields[name] is not None}

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -23,9 +24,24 @@ class TrainingError(Exception):
     """Training cannot go on, and not because of a setting; exit status 1."""
 
 
-def loader_size(config: Config) -> tuple[int, int, str]:
-    """(processes, threads in each, the reason) that the settings and this machine give."""
-    return pipeline.loader_size(config.data.workers, config.data.threads, processes.usable_cores())
+def loader_size(config: Config, host_batch_bytes: int) -> pipeline.LoaderSize:
+    """How many processes and threads the settings, this machine and batches of so many bytes give.
+
+    Raises:
+        UserError: the batches do not fit `data.loader_gib`.
+    """
+    data, cores = config.data, processes.usable_cores()
+    limit = int(data.loader_gib * 2**30)
+    if not limit:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        limit = memory // 3 * cores // max(os.cpu_count() or 1, cores)
+    size = pipeline.loader_size(data.workers, data.threads, cores, host_batch_bytes, limit)
+    if size.bytes > limit:
+        raise UserError(
+            f"the loader would take {size}, and may hold {limit / 2**30:.1f} GiB: lower data.workers, "
+            f"data.threads or data.batch_size, or raise --config.data.loader_gib"
+        )
+    return size
 
 
 def prefetch(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,21 +85,22 @@ def adamw(
     epsilon: float,
     weight_decay: float,
     clip_norm: float,
-    layers: Layers | None = None,
+    rate_factors: Callable[[Any], Any] = lambda _params: None,
 ) -> Optimizer:
     """Decoupled AdamW without the learning rate, which the train step applies.
 
     Args:
         clip_norm: limit on the global gradient norm before Adam; 0 does not clip.
-        layers: learning rates by depth; None: one for all.
+        rate_factors: (parameters) -> factor of each leaf's learning rate; None: 1 for all.
     """
     parts = [optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()]
     parts += [optax.scale_by_adam(*betas, eps=epsilon), optax.add_decayed_weights(weight_decay, decay_mask)]
-    if layers is not None:
-        by_layer = functools.partial(layer_scales, layers=layers)
-        parts.append(
-            optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, by_layer(updates)))
-        )
+
+    def scaled(updates: Any, _params: Any) -> Any:
+        factors = rate_factors(updates)
+        return updates if factors is None else jax.tree.map(jnp.multiply, updates, factors)
+
+    parts.append(optax.stateless(scaled))
     return optax.chain(*parts)
 
 

@@ -297,3 +297,16 @@ def _step_of(line: str) -> int:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
         return sys.maxsize
+
+
+class Phases:
+    """Seconds from the start of the process, divided by the phases that ended."""
+
+    def __init__(self, started: float):
+        self._last, self.seconds = started, {}
+
+    def end(self, name: str) -> None:
+        """The time since the last phase belongs to `name`."""
+        now = time.time()
+        self.seconds[name] = round(now - self._last, 2)
+        self._last = now

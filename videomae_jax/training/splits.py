@@ -20,7 +20,7 @@ class Splits:
     test: Source
 
 
-def open_splits(config: Config) -> Splits:
+def open_splits(config: Config, needs_labels: bool = True) -> Splits:
     """The videos of `data.path`; generates moving_shapes where it is named, says what is left out.
 
     Where there is no validation part, it is taken from the training videos; a set too small for that has its
@@ -28,10 +28,9 @@ def open_splits(config: Config) -> Splits:
 
     Raises:
         SourceError: nothing to read, or a class that the training videos lack.
-        UserError: no path; labels that are missing where the task needs them.
+        UserError: no path; labels that are missing though they are needed.
     """
-    data, needs_labels = config.data, config.task != "pretrain"
-    path = _path(config)
+    data, path = config.data, _path(config)
     train = _open(config, path, "train")
     if prepared.has_split(path, "validation"):
         validation = _open(config, path, "validation")

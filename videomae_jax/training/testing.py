@@ -57,9 +57,11 @@ class Evaluator:
 
     def __init__(self, model: Model, source: Source, views: Views, config: Config, mesh: Mesh):
         self.source, self.views, self.mesh = source, views, mesh
-        self.loader = feed.loader_size(config)[:2]
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_videos = -(-config.evaluate.batch_videos // parts) * parts
+        frames, size, views_each = views.frames, views.size, views.clips_per_video
+        host_bytes = self.batch_videos // jax.process_count() * views_each * frames * size[0] * size[1] * 3
+        self.loader = feed.loader_size(config, host_bytes)
         outputs = sharding.replicated(mesh)
 
         def of_views(params: Any, video: jax.Array) -> jax.Array:
@@ -79,7 +81,7 @@ class Evaluator:
         parts = list(self.batches(params))
         joined = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("records", "values")}
         ours = [[list(part.failed.items()), part.short] for part in parts]
-        everyone = [part for theirs in hosts.together(ours) for part in theirs]
+        everyone = [part for theirs in hosts.gather(ours) for part in theirs]
         return Outputs(
             **joined,
             failed={video: reason for failed, _ in everyone for video, reason in failed},
@@ -98,7 +100,7 @@ class Evaluator:
         )
         host_videos = self.batch_videos // jax.process_count()
         params = sharding.replicate(params, self.mesh)  # whole, if training cuts them
-        sizes = dict(zip(("workers", "threads"), self.loader, strict=True))
+        sizes = {"workers": self.loader.workers, "threads": self.loader.threads}
         ahead = feed.prefetch(
             dataset[start * host_videos :], self.source, host_videos, self.mesh, by_video=True, **sizes
         )

@@ -20,7 +20,8 @@ from videomae_jax.evaluation.classification import Scores, merge_views
 from videomae_jax.interop import weights
 from videomae_jax.models import heads
 from videomae_jax.storage import Place
-from videomae_jax.training import features, optim, report, splits, tasks
+from videomae_jax.tasks import backbone, features
+from videomae_jax.training import compute, optim, report, splits
 
 KINDS = ("knn", "linear", "attentive")
 
@@ -46,10 +47,10 @@ def run(config: Config, workdir: Place, started: float) -> dict[str, Any]:
         raise UserError("a probe needs trained weights: set --config.init_from=WORKDIR or an export")
     if jax.process_count() > 1:
         raise UserError("a probe runs on one host: start it on one")
-    mesh = tasks.make_mesh(config)
+    mesh = compute.make_mesh(config)
     frozen = features.Frozen(
         config.init_from,
-        weights.read(config.init_from, tasks.hints_of(config)),
+        weights.read(config.init_from, backbone.hints(config)),
         per_token=kind == "attentive",
     )
     videos = splits.open_splits(config)
@@ -95,8 +96,8 @@ def _knn(
 ) -> Float[np.ndarray, "B 1 K"]:
     """Log votes on the mean of a video's clips."""
     known, asked = (side.astype(np.float32).mean(axis=1) for side in (train, test))
-    of = config.evaluate
-    votes = neighbours.votes(known, labels, asked, classes, of.neighbours, of.temperature)
+    count, temperature = config.evaluate.neighbours, config.evaluate.temperature
+    votes = neighbours.votes(known, labels, asked, classes, count, temperature)
     return np.log(np.maximum(votes, 1e-12))[:, None]
 
 
@@ -155,11 +156,11 @@ def _fit(
     labels: Int[np.ndarray, " N"],
 ) -> Any:
     """Trains `params` for `probe.epochs` on shuffled rows; a tenth of them warms up, then a cosine to 0."""
-    of = config.probe
-    size = min(of.batch_size, len(rows))
+    settings = config.probe
+    size = min(settings.batch_size, len(rows))
     per_epoch = len(rows) // size
-    total = of.epochs * per_epoch
-    rate = optim.schedule(of.lr * size / 256, 0.0, max(total // 10, 1), total)
+    total = settings.epochs * per_epoch
+    rate = optim.schedule(settings.lr * size / 256, 0.0, max(total // 10, 1), total)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(carry: Any, batch: Float[Array, "B ..."], wanted: Int[Array, " B"], step: Int[Array, ""]):
@@ -175,12 +176,12 @@ def _fit(
 
     carry, step, value = (params, tx.init(params)), 0, math.nan
     rng = np.random.default_rng(config.seed)
-    for epoch in range(of.epochs):
+    for epoch in range(settings.epochs):
         order = rng.permutation(len(rows))
         for start in range(0, per_epoch * size, size):
             chosen = np.sort(order[start : start + size])  # rows may lie on disk
             carry, value = train_step(carry, rows[chosen], labels[chosen], jnp.int32(step))
             step += 1
-        if (epoch + 1) % max(of.epochs // 10, 1) == 0:
-            report.say(f"probe: epoch {epoch + 1} of {of.epochs}, loss {float(value):.4f}")
+        if (epoch + 1) % max(settings.epochs // 10, 1) == 0:
+            report.say(f"probe: epoch {epoch + 1} of {settings.epochs}, loss {float(value):.4f}")
     return carry[0]

@@ -14,8 +14,8 @@ from videomae_jax.data import sources
 from videomae_jax.interop import weights
 from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.storage import Place
-from videomae_jax.training import report, splits, tasks, testing
-from videomae_jax.training.finetune import Finetune, summarize
+from videomae_jax.tasks import backbone, finetune, table
+from videomae_jax.training import compute, report, splits, testing
 
 
 def run(
@@ -32,13 +32,13 @@ def run(
         SourceError: videos of a class that the classifier does not know.
         OutputError: outputs that are not finite, naming the first video.
     """
-    config = settings.resolve(config)
+    config = compute.on_this_machine(settings.checked(config))
     if config.task != "finetune":
         raise UserError(f"evaluate tests classifiers, not task={config.task}: use configs/finetune.py")
     is_best = not checkpoint and (workdir / "best").is_dir()
     path = checkpoint or str(workdir / "best" if is_best else workdir)
     hints = dataclasses.replace(
-        hints or weights.Hints(), heads_by_width=tasks.hints_of(config).heads_by_width
+        hints or weights.Hints(), heads_by_width=backbone.hints(config).heads_by_width
     )
     made = weights.read_config(path, hints)
     if not isinstance(made, ClassifierConfig):
@@ -51,8 +51,8 @@ def run(
             f"the model in {path} has a {made.head} head, the settings say {config.head.kind}: set "
             f"--config.head.kind={made.head}"
         )
-    planned = tasks.make_task(config, weights=path)
-    assert isinstance(planned, Finetune)
+    planned = table.make_task(config, weights=path)
+    assert isinstance(planned, finetune.Finetune)
     source = hosts.agreed(lambda: _source(config, made, path))
     hosts.check_agreement(config, source, workdir, checkpoint=str(path))
     # The weights decide what they are; the settings, how large clips are and how they are computed.
@@ -61,7 +61,7 @@ def run(
         for name in ("clip_size", "position_grid", "position_resize", "compute")
     }
     task = dataclasses.replace(planned, model=dataclasses.replace(made, **use))
-    mesh = tasks.make_mesh(config)
+    mesh = compute.make_mesh(config)
     if trouble := storage.trouble(storage.at(workdir)):
         raise UserError(f"{trouble}: choose another --workdir")
     trained = weights.read_recipe(path, hints).get("stride", config.data.stride)
@@ -82,7 +82,7 @@ def run(
             f"{outputs.num_failed} of {len(source)} videos cannot be decoded, the first is {first}: mend or "
             f"remove them, or report the others with --config.evaluate.allow_failed=true"
         )
-    result = summarize(outputs, source, views, made.head, path) | {
+    result = finetune.summarize(outputs, source, views, made.head, path) | {
         "checkpoint": str(path),
         "split": config.evaluate.split,
     }

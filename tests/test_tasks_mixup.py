@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from videomae_jax.training import losses, mixup
+from videomae_jax.tasks import losses, mixup
 
 MIX = mixup.Mix(mixup=0.8, cutmix=1.0, probability=1.0, switch=0.5)
 

@@ -11,7 +11,8 @@ from conftest import load_config, mesh_of
 from videomae_jax import config as settings
 from videomae_jax.data import pipeline, prepared
 from videomae_jax.interop import export
-from videomae_jax.training import features, loop, testing
+from videomae_jax.tasks import features, table
+from videomae_jax.training import testing
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def weights(shapes, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "pretrained"
     c = load_config("debug", f"data={shapes}")
     c.optim.duration = 4
-    loop.run(c, workdir, time.time())
+    table.train(c, workdir, time.time())
     return workdir
 
 
@@ -48,7 +49,7 @@ def test_each_probe(weights, colours, tmp_path, kind):
     c.probe.epochs = 60
     if kind == "attentive":
         c.probe.lr = 0.1
-    summary = loop.run(c, tmp_path, time.time())
+    summary = table.train(c, tmp_path, time.time())
     result = json.loads((tmp_path / "evaluation.json").read_text())
     assert result == summary["evaluation"]
     assert (result["videos"], result["probe"]) == (12, kind)
@@ -57,21 +58,21 @@ def test_each_probe(weights, colours, tmp_path, kind):
 
 
 def test_features_are_computed_once_and_kept(weights, colours, tmp_path, monkeypatch, capsys):
-    loop.run(probe_config(colours, weights, "knn"), tmp_path, time.time())
+    table.train(probe_config(colours, weights, "knn"), tmp_path, time.time())
     monkeypatch.setattr(testing.Evaluator, "batches", None)
-    loop.run(probe_config(colours, weights, "linear"), tmp_path, time.time())
+    table.train(probe_config(colours, weights, "linear"), tmp_path, time.time())
     assert "24 of 24 features of train_pooled are there" in capsys.readouterr().out
 
 
 def test_features_of_other_weights_are_computed_anew(weights, colours, shapes, tmp_path):
     c = probe_config(colours, weights, "knn")
-    loop.run(c, tmp_path, time.time())
+    table.train(c, tmp_path, time.time())
     before = np.load(tmp_path / "features" / "train_pooled" / "values.npy")
     other = load_config("debug", f"data={shapes}")
     other.optim.duration, other.seed = 4, 1
-    loop.run(other, tmp_path / "other", time.time())
+    table.train(other, tmp_path / "other", time.time())
     c.init_from = str(tmp_path / "other")
-    loop.run(c, tmp_path, time.time())
+    table.train(c, tmp_path, time.time())
     after = np.load(tmp_path / "features" / "train_pooled" / "values.npy")
     assert before.shape == after.shape == (24, 2, 32)
     assert np.abs(before.astype(np.float32) - after).max() > 0.01
@@ -111,7 +112,7 @@ def test_a_video_that_cannot_be_decoded_is_left_out(weights, colours, tmp_path, 
         (copy / path.relative_to(colours)).parent.mkdir(parents=True, exist_ok=True)
         (copy / path.relative_to(colours)).write_bytes(path.read_bytes())
     (copy / "test" / "dark" / "broken.mp4").write_bytes(b"nothing")
-    summary = loop.run(probe_config(copy, weights, "knn"), tmp_path / "run", time.time())
+    summary = table.train(probe_config(copy, weights, "knn"), tmp_path / "run", time.time())
     assert (summary["evaluation"]["videos"], summary["evaluation"]["videos_failed"]) == (12, 1)
     assert "dark/broken.mp4" in capsys.readouterr().out
 
@@ -128,4 +129,4 @@ def test_wrong_probes(weights, colours, tmp_path, section, change, text):
     c = probe_config(colours, weights, "linear")
     (c[section] if section else c).update(change)
     with pytest.raises(settings.UserError, match=text):
-        loop.run(c, tmp_path, time.time())
+        table.train(c, tmp_path, time.time())

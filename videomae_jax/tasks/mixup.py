@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from videomae_jax import sharding
+from videomae_jax.models.layout import WHOLE, Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +81,13 @@ def mix_clips(
     targets: Float[Array, "B K"],
     weight: Float[Array, " B"],
     chosen: Draw,
+    layout: Layout = WHOLE,
 ) -> tuple[Float[Array, "B T H W C"], Float[Array, "B K"]]:
     """Mixes each clip and its target with its partner's, wherever that is; the global batch is even.
 
     A clip whose partner has weight 0 (it could not be decoded) stays as it is: nothing is mixed with zeros.
     """
-    has_partner = sharding.mirrored(weight) > 0
+    has_partner = layout.mirrored(weight) > 0
     share = jnp.where(has_partner, chosen.share, 1.0)
     top, bottom, left, right = chosen.box
     rows, columns = jnp.arange(pixels.shape[2]), jnp.arange(pixels.shape[3])
@@ -94,5 +95,5 @@ def mix_clips(
     # What of each pixel is the clip's own: nothing or all of it in CutMix.
     own = jnp.where(chosen.is_box, 1.0 - inside, chosen.share)
     own = jnp.where(has_partner[:, None, None], own, 1.0)[:, None, :, :, None].astype(pixels.dtype)
-    mixed = own * pixels + (1 - own) * sharding.mirrored(pixels)
-    return mixed, share[:, None] * targets + (1 - share)[:, None] * sharding.mirrored(targets)
+    mixed = own * pixels + (1 - own) * layout.mirrored(pixels)
+    return mixed, share[:, None] * targets + (1 - share)[:, None] * layout.mirrored(targets)

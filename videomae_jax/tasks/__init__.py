@@ -1,0 +1,1 @@
+"""Methods: what is trained, and what it is worth; one file each."""

@@ -1,0 +1,204 @@
+"""Pretraining: a masked autoencoder, k-NN on its features meanwhile, pictures at the end."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from videomae_jax import hosts, sharding
+from videomae_jax.apps import reconstruct
+from videomae_jax.config import Config, UserError
+from videomae_jax.data import pipeline
+from videomae_jax.data.sources import Source
+from videomae_jax.evaluation import reconstruction
+from videomae_jax.interop import export
+from videomae_jax.models import masking, tubelets, vit
+from videomae_jax.models.layout import Layout
+from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
+from videomae_jax.tasks import backbone, knn
+from videomae_jax.training import report
+from videomae_jax.training.splits import spread
+from videomae_jax.training.step import Batch, Terms, TrainState, clip_keys
+from videomae_jax.training.task import Run, Task, Validate
+
+_FINAL_CLIPS = 64  # held-out clips that the final PSNR is measured on, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain(Task[VideoMAEConfig]):
+    """Masked autoencoding (arXiv 2203.12602).
+
+    Attributes:
+        mask: "tube", "random" or "frame"; `mask_ratio` of it is hidden.
+        normalize_target: predict normalised tubelets (published) or pixels in 0..1.
+        loss_kind: "mse" (published), "l1" or "smooth_l1".
+        stride: frames of the file from one frame of a clip to the next.
+        clips_per_video: crops, each with its own mask, of the same decoded frames.
+    """
+
+    model: VideoMAEConfig
+    mask: str
+    mask_ratio: float
+    normalize_target: bool
+    loss_kind: str
+    stride: int
+    clips_per_video: int = 1
+    last_phase: ClassVar[str] = "pictures"
+
+    @functools.cached_property
+    def graphdef(self) -> Any:
+        """The module without its parameters."""
+        return nnx.graphdef(nnx.eval_shape(lambda: VideoMAE(self.model, rngs=nnx.Rngs(0))))
+
+    def init(self, key: Key[Array, ""]) -> dict:
+        """Parameters at the start of training, a nested dict of float32 arrays."""
+        model = VideoMAE(self.model, rngs=nnx.Rngs(params=key))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    def masks(self, batch: Batch, root: Key[Array, ""]) -> masking.Indices:
+        """(visible, hidden) of each example; a function of (root key, global example index) only."""
+        keys = clip_keys(root, "mask", batch["index"])
+        return masking.indices(keys, self.mask, self.model.grid, self.mask_ratio)
+
+    def terms(
+        self,
+        params: dict,
+        others: None,
+        batch: Batch,
+        root: Key[Array, ""],
+        step: Int[Array, ""],
+        layout: Layout,
+    ) -> Terms:
+        """Reconstruction loss, a mean over clips; see `Task.terms`."""
+        model = nnx.merge(self.graphdef, params)
+        visible, hidden = self.masks(batch, root)
+        keys = clip_keys(root, "drop_path", batch["index"]) if self.model.drop_path > 0 else None
+        how = (self.normalize_target, self.loss_kind)
+        losses = model.clip_losses(batch["video"], visible, hidden, *how, keys, layout)
+        return Terms((batch["weight"] * losses).sum(), batch["weight"].sum(), {})
+
+    def pooled(self, params: dict, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B D"]:
+        """Mean of all tokens of whole clips: what k-NN looks at."""
+        return nnx.merge(self.graphdef, params).raw_features(video)
+
+    def flops_per_clip(self) -> float:
+        """Floating-point operations of a clip's forward and backward pass; see `vit.block_flops`."""
+        c, decoder = self.model, self.model.decoder
+        assert decoder is not None
+        visible, hidden = masking.counts(self.mask, c.grid, self.mask_ratio)
+        voxels, width = math.prod(c.tubelet) * c.channels, c.encoder.width
+        forward = 2 * visible * width * (voxels + decoder.width) + 2 * hidden * decoder.width * voxels
+        forward += vit.block_flops(c.encoder, visible) + vit.block_flops(decoder, visible + hidden)
+        return 3.0 * forward
+
+    @property
+    def clip_transform(self) -> pipeline.PretrainClip:
+        """Record -> training clip."""
+        frames, *size = self.model.clip_size
+        return pipeline.PretrainClip(frames, self.stride, (size[0], size[1]), self.clips_per_video)
+
+    def metadata(self) -> dict[str, Any]:
+        """What is stored beside the parameters."""
+        recipe = {
+            "mask": self.mask,
+            "mask_ratio": self.mask_ratio,
+            "normalize_target": self.normalize_target,
+            "loss": self.loss_kind,
+            "stride": self.stride,
+        }
+        return export.metadata(VideoMAE, self.model, recipe)
+
+    def describe(self) -> str:
+        """The model in half a line."""
+        encoder, decoder, grid = self.model.encoder, self.model.decoder, self.model.grid
+        assert decoder is not None
+        visible, hidden = masking.counts(self.mask, grid, self.mask_ratio)
+        return (
+            f"encoder {encoder.width}x{encoder.depth}, decoder {decoder.width}x{decoder.depth}, "
+            f"{visible} visible and {hidden} hidden tubelets, {self.model.compute.dtype}"
+        )
+
+    def validator(self, run: Run) -> Validate:
+        """k-NN on pooled tokens; see `knn.validator`."""
+        return knn.validator(self.pooled, self.stride, run)
+
+    def finish(self, run: Run, state: TrainState) -> dict[str, Any]:
+        """Reconstructs held-out clips: PSNR into the summary, pictures into the work folder; on one host."""
+        params = jax.device_get(sharding.replicate(state.params, run.mesh))
+        if not hosts.is_writer():
+            return {}
+        panels, ids, bad = self._reconstruct(run, params)
+        if panels is None:
+            return {"reconstruction": None, "bad_held_out_videos": bad}
+        statistics = run.config.log.statistics
+        drawn = spread(len(ids), run.config.log.pictures)
+        for suffix in (".gif", ".png"):
+            names = [ids[i] for i in drawn]
+            reconstruct.write(panels.select(drawn), names, run.workdir / f"reconstruction{suffix}")
+        figures = panels.psnr()
+        report.say(
+            f"PSNR of hidden tubelets in {len(ids)} held-out clips ({statistics} statistics): model "
+            f"{figures['psnr_hidden']:.2f} dB, mean {figures['psnr_mean']:.2f} dB, nearest visible tubelet "
+            f"{figures['psnr_nearest_visible']:.2f} dB; see {run.workdir / 'reconstruction.gif'}"
+        )
+        found = {**figures, "statistics": statistics, "clips": len(ids)}
+        return {"reconstruction": found, "bad_held_out_videos": bad}
+
+    def _reconstruct(
+        self, run: Run, params: dict
+    ) -> tuple[reconstruct.Panels | None, list[str], dict[str, str]]:
+        """(panels, ids, videos that cannot be decoded) of held-out clips, the same for every run.
+
+        The middle of each video, cropped to its centre, with the mask that its place gives it.
+        """
+        held_out = run.videos.validation
+        chosen = held_out.select(spread(len(held_out), _FINAL_CLIPS))
+        clip = self.clip_transform
+        middle = pipeline.MiddleClip(clip.frames, clip.stride, clip.size)
+        clips, ids, bad = pipeline.middle_clips(chosen, middle)
+        if not ids:
+            report.say(f"no pictures: none of the {len(chosen)} held-out videos can be decoded")
+            return None, [], bad
+        model = nnx.merge(self.graphdef, params)
+        batch = {"index": jnp.arange(len(ids), dtype=jnp.uint32)}
+        visible, hidden = self.masks(batch, jax.random.key(run.config.seed))
+        how = (self.normalize_target, run.config.log.statistics)
+        return reconstruct.reconstruct(model, clips, ids, visible, hidden, *how), ids, bad
+
+
+def make(config: Config, _train: Source | None, _weights: str) -> Pretrain:
+    """The task that the settings name; see `task.Make`.
+
+    Raises:
+        UserError, ValueError: sizes and settings that do not fit together.
+    """
+    if config.data.stride < 1:
+        raise UserError("data.stride=0 (one frame of each part) is for finetuning: use at least 1")
+    if config.init_from:
+        raise UserError("init_from is for finetuning and probes: pretraining starts from nothing")
+    task = Pretrain(
+        model=VideoMAEConfig.from_dict(backbone.fields(config) | {"decoder": config.model.decoder.to_dict()}),
+        mask=config.mask.kind,
+        mask_ratio=config.mask.ratio,
+        normalize_target=config.loss.normalize_target,
+        loss_kind=config.loss.kind,
+        stride=config.data.stride,
+        clips_per_video=config.data.clips_per_video,
+    )
+    masking.counts(task.mask, task.model.grid, task.mask_ratio)
+    if task.loss_kind not in tubelets.LOSSES:
+        raise UserError(f"loss.kind={task.loss_kind!r} is unknown: use {', '.join(tubelets.LOSSES)}")
+    if config.log.statistics not in reconstruction.STATISTICS:
+        modes = ", ".join(reconstruction.STATISTICS)
+        raise UserError(f"log.statistics={config.log.statistics} is unknown: use {modes}")
+    if config.log.statistics != "raw" and not task.normalize_target:
+        raise UserError(
+            f"log.statistics={config.log.statistics} is for normalised targets: with "
+            f"loss.normalize_target=False set --config.log.statistics=raw"
+        )
+    return task

@@ -1,0 +1,38 @@
+"""The table of methods: the only place that knows them all."""
+
+from typing import Any
+
+from videomae_jax import config as settings
+from videomae_jax import hosts
+from videomae_jax.config import Config, UserError
+from videomae_jax.data.sources import Source
+from videomae_jax.storage import Place
+from videomae_jax.tasks import backbone, finetune, pretrain, probe
+from videomae_jax.training import compute, loop
+from videomae_jax.training.task import Make, Task
+
+METHODS: dict[str, Make] = {"pretrain": pretrain.make, "finetune": finetune.make}
+"""Those that train a model step by step."""
+
+
+def train(config: Config, workdir: Place, started: float) -> dict[str, Any]:
+    """Runs what `config.task` names; returns the summary. Raises as `loop.run` and `probe.run`."""
+    config = compute.on_this_machine(settings.checked(config))
+    if config.task == "probe":
+        with hosts.Lock(workdir / ".lock"):
+            return probe.run(config, workdir, started)
+    return loop.run(config, workdir, started, make_task)
+
+
+def make_task(config: Config, train: Source | None = None, weights: str = "") -> Task:
+    """The task that a config names; see `task.Make`.
+
+    Raises:
+        UserError: sizes and settings that do not fit together.
+    """
+    try:
+        task = METHODS[config.task](config, train, weights)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    backbone.check_tensor(config, task.model)
+    return task
