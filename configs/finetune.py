@@ -8,9 +8,10 @@
     ./launch/local.sh train    --config=configs/finetune.py:size=base,data=FOLDER,preset=small_data \\
         --config.init_from=WEIGHTS --workdir=runs/mine
 
-Arguments: size=tiny|small|base|large|huge; data=k400|ssv2|ucf101|hmdb51|moving_shapes, or data=PATH: class
-folders, or lists, of your own, with the Kinetics recipe; preset=published|small_data. Without init_from the
-same recipe trains from scratch (the paper's baselines take longer: 200 epochs for K400, 100 for SSv2).
+Arguments: size=tiny|small|base|large|huge|giant; data=k400|ssv2|ucf101|hmdb51|moving_shapes, or data=PATH:
+class folders, or lists, of your own, with the Kinetics recipe; preset=published|small_data; recipe=v1|v2;
+start=k710. Without init_from the same recipe trains from scratch (the paper's baselines take longer: 200
+epochs for K400, 100 for SSv2).
 
 Published rows (top-1 of the multi-view test; videos of a step, not clips, count for the learning rate):
 
@@ -28,6 +29,27 @@ Published rows (top-1 of the multi-view test; videos of a step, not clips, count
 "paper's": no script was released, the row is from the paper's tables. Other pairs take the data set's
 views and the size's row of Kinetics-400. preset=small_data is for hundreds of videos of one's own: the lower
 half of the blocks frozen, more dropout and drop path, early stopping, milder crops.
+
+recipe=v2 (giant has no other) takes the rows of VideoMAE V2 (arXiv 2303.16727), and data=k710 and k600 too.
+start=k710 is its third stage, from weights that were finetuned on Kinetics-710: of their head the classes of
+the data set are taken by name (`videomae_jax.data.kinetics` makes the 710 classes of the official lists):
+
+    data     size    videos  lr      epochs  decay  drop path  dropout  weight decay  views  top-1
+    k400     base       512  7e-4        90   0.75       0.10        0          0.05    5x3
+    k710     base       512  7e-4        90   0.75       0.10        0          0.05    5x3
+    ssv2     base       256  2e-3        25   0.65       0.10        0          0.05    2x3
+    k400     large      192  2e-3        35   0.75       0.20        0          0.05    5x3
+    ssv2     large      192  5e-4        20   0.75       0.20        0          0.05    2x3
+    k400     huge       128  1e-3        40   0.80       0.20      0.5          0.05    5x3
+    k710     huge       128  1e-3        40   0.80       0.20      0.5          0.05    5x3
+    ssv2     huge       128  5e-4        20   0.80       0.20        0          0.05    2x3
+    k710     giant       96  1e-3        35   0.90       0.30        0          0.10    5x3   83.8
+    k400     giant      192  1e-3        30   0.90       0.20        0          0.10    5x3   87.2
+    k400     from k710   96  1e-5         3   0.90       0.25        0          0.10    5x3   88.4
+    k600     from k710   96  1e-5         3   0.90       0.25        0          0.10    5x3   88.8
+    ssv2     giant       96  3e-4        20   0.90       0.25        0          0.05    2x3   77.0
+    ucf101   giant       24  1e-3        50   0.90       0.35      0.5          0.05    5x3   99.6
+    hmdb51   giant       24  5e-4        15   0.90       0.35      0.5          0.05   10x3   88.1
 
 size=tiny, data=moving_shapes is what `configs/small.py` pretrains: six minutes on two CPU cores. Nothing is
 mirrored (left is a class of its own), and the crops are mild, for frames of 48 pixels.
@@ -48,14 +70,32 @@ _ROWS = {
     ("ucf101", "base"): (128, 5e-4, 100, 0.70, 0.2, 0.5, 1e-5),
     ("hmdb51", "base"): (128, 1e-3, 50, 0.70, 0.2, 0.5, 1e-6),
 }
+# V2: likewise, with the weight decay in place of the least rate, which is 1e-6 everywhere
+_ROWS_V2 = {
+    ("k400", "base"): (512, 7e-4, 90, 0.75, 0.1, 0.0, 0.05),
+    ("k710", "base"): (512, 7e-4, 90, 0.75, 0.1, 0.0, 0.05),
+    ("ssv2", "base"): (256, 2e-3, 25, 0.65, 0.1, 0.0, 0.05),
+    ("k400", "large"): (192, 2e-3, 35, 0.75, 0.2, 0.0, 0.05),
+    ("ssv2", "large"): (192, 5e-4, 20, 0.75, 0.2, 0.0, 0.05),
+    ("k400", "huge"): (128, 1e-3, 40, 0.8, 0.2, 0.5, 0.05),
+    ("k710", "huge"): (128, 1e-3, 40, 0.8, 0.2, 0.5, 0.05),
+    ("ssv2", "huge"): (128, 5e-4, 20, 0.8, 0.2, 0.0, 0.05),
+    ("k710", "giant"): (96, 1e-3, 35, 0.9, 0.3, 0.0, 0.1),
+    ("k400", "giant"): (192, 1e-3, 30, 0.9, 0.2, 0.0, 0.1),
+    ("ssv2", "giant"): (96, 3e-4, 20, 0.9, 0.25, 0.0, 0.05),
+    ("ucf101", "giant"): (24, 1e-3, 50, 0.9, 0.35, 0.5, 0.05),
+    ("hmdb51", "giant"): (24, 5e-4, 15, 0.9, 0.35, 0.5, 0.05),
+}
+_FROM_K710 = (96, 1e-5, 3, 0.9, 0.25, 0.0, 0.1)  # giant, to k400 or k600; warm-up 1
 # data: stride (0: one frame of each of 16 parts), segments of the test, whether clips are mirrored
 _DATA = {"k400": (4, 5, True), "ssv2": (0, 2, False), "ucf101": (4, 5, True), "hmdb51": (2, 10, True)}
+_KINETICS = ("k400", "k600", "k710")
 _PRESETS = ("published", "small_data")
 
 
 def get_config(arg: str | None = None):
     """The settings of one row; see the module's text."""
-    arg = config.parse_arg(arg, size="base", data="k400", preset="published")
+    arg = config.parse_arg(arg, size="base", data="k400", preset="published", recipe="v1", start="")
     if arg.preset not in _PRESETS:
         raise config.UserError(f"preset={arg.preset} is unknown: use {', '.join(_PRESETS)}")
     c = config.defaults()
@@ -66,10 +106,14 @@ def get_config(arg: str | None = None):
     c.data.held_out = 100_000  # a tenth, where there is no part for validation
     if arg.size == "tiny":
         _tiny(c, arg.data)
-    elif arg.size in ("small", "base", "large", "huge"):
+    elif arg.size not in vit.SIZES:
+        raise config.UserError(f"size={arg.size} is unknown: use {', '.join(vit.SIZES)}")
+    elif arg.recipe == "v2" or arg.size == "giant":
+        _published_v2(c, arg.size, arg.data, arg.start)
+    elif arg.recipe == "v1":
         _published(c, arg.size, arg.data)
     else:
-        raise config.UserError(f"size={arg.size} is unknown: use tiny, small, base, large or huge")
+        raise config.UserError(f"recipe={arg.recipe} is unknown: use v1 or v2")
     if arg.preset == "small_data":
         c.optim.freeze_blocks = c.model.encoder.depth // 2
         c.optim.patience = 10
@@ -80,17 +124,40 @@ def get_config(arg: str | None = None):
 
 
 def _published(c, size: str, data: str) -> None:
-    stride, segments, flip = _DATA.get(data, _DATA["k400"])
     row = _ROWS.get((data, size)) or _ROWS["k400", size]
     videos, lr, epochs, layer_decay, drop_path, dropout, min_lr = row
-    c.model.encoder.update(vars(vit.SIZES[size].encoder))
+    _shared(c, size, data, videos)
     c.model.drop_path = drop_path
     c.model.remat = "full" if size == "huge" or data == "ucf101" else "none"
     c.head.dropout = dropout
-    c.augment.flip = flip
-    c.data.path = f"data/{data}" if data in _DATA else data
-    c.data.update(stride=stride, clips_per_video=2, batch_size=2 * videos)
     c.optim.update(lr=lr, min_lr=min_lr, duration=epochs, layer_decay=layer_decay)
+
+
+def _published_v2(c, size: str, data: str, start: str) -> None:
+    if start not in ("", "k710") or (start and (size != "giant" or data not in ("k400", "k600"))):
+        raise config.UserError(
+            f"start={start} is unknown: start=k710 is for size=giant with data=k400 or k600"
+        )
+    row = _FROM_K710 if start else _ROWS_V2.get((data, size)) or _ROWS_V2.get(("k400", size))
+    if row is None:
+        raise config.UserError(f"recipe=v2 has no row for size={size}: use base, large, huge or giant")
+    videos, lr, epochs, layer_decay, drop_path, dropout, weight_decay = row
+    _shared(c, size, data, videos)
+    c.model.drop_path = drop_path
+    c.model.remat = "full" if size in ("huge", "giant") else "none"
+    c.head.dropout = dropout
+    c.optim.update(lr=lr, min_lr=1e-6, duration=epochs, layer_decay=layer_decay, weight_decay=weight_decay)
+    c.optim.update(warmup=1 if start else 5, clip_norm=5.0 if (data, size) == ("k710", "giant") else 0.0)
+
+
+def _shared(c, size: str, data: str, videos: int) -> None:
+    """What all published rows have: two clips of each video, and the data set's sampling."""
+    stride, segments, flip = _DATA.get(data, _DATA["k400"])
+    c.model.tubelet = (2, vit.SIZES[size].patch, vit.SIZES[size].patch)
+    c.model.encoder.update(vars(vit.SIZES[size].encoder))
+    c.augment.flip = flip
+    c.data.path = f"data/{data}" if data in _DATA or data in _KINETICS else data
+    c.data.update(stride=stride, clips_per_video=2, batch_size=2 * videos)
     c.evaluate.segments = segments
 
 

@@ -71,7 +71,7 @@ def gradients(task: str, dtype: str, offset: float = 0.0) -> dict[tuple, jax.Arr
     def loss(params):
         model = nnx.merge(graphdef, params)
         if task == "pretrain":
-            return model.clip_losses(video, *masking.from_mask(mask), True, "mse").mean()
+            return model.token_losses(video, *masking.from_mask(mask), True, "mse").mean()
         logits = model.head(model.pooled(tubelets.normalize_pixels(video, (0.5,) * 3, (0.25,) * 3)))
         return losses.output_losses(logits, losses.smoothed(jnp.arange(8), 8, 0.1), "softmax", None).mean()
 

@@ -79,6 +79,61 @@ def test_published_finetuning(row):
     assert c.augment.flip == (data != "ssv2")
 
 
+# Fact sheets 4.5, 8.1: clips of a step, effective lr, min lr, warm-up, epochs, clip norm, decoder, predicted
+PRETRAINING_V2 = {
+    "base": (4096, 4e-3, 4e-5, 20, 200, 0.0, (384, 4, 6, 1536), 784),
+    "large": (6144, 6e-3, 6e-5, 30, 300, 0.0, (512, 4, 8, 2048), 784),
+    "huge": (8192, 8e-3, 8e-5, 30, 300, 0.0, (512, 4, 8, 2048), 784),
+    "giant": (8192, 4.8e-3, 8e-5, 30, 300, 0.02, (512, 4, 8, 2234), 1024),
+}
+
+
+@pytest.mark.parametrize("size", PRETRAINING_V2)
+def test_published_v2_pretraining(size):
+    batch, lr, min_lr, warmup, epochs, clip_norm, decoder, predicted = PRETRAINING_V2[size]
+    c = load_config("pretrain_v2", f"size={size}")
+    plan = settings.make_schedule(c, num_videos=1_348_000)
+    assert (c.data.batch_size, c.optim.warmup, c.optim.duration) == (batch, warmup, epochs)
+    assert (plan.peak_lr, plan.end_lr) == pytest.approx((lr, min_lr))
+    assert (c.optim.clip_norm, tuple(c.model.decoder.values())) == (clip_norm, decoder)
+    assert (c.mask.kind, c.mask.ratio, c.mask.decoder, c.data.clips_per_video) == (
+        "tube",
+        0.9,
+        "running_cell",
+        4,
+    )
+    assert task_of(c)._counts()[1] == predicted
+
+
+# Fact sheet 5.8: videos, effective lr, layer decay, drop path, dropout, weight decay, epochs, segments
+FINETUNING_V2 = {
+    ("base", "k400"): (512, 1.4e-3, 0.75, 0.1, 0.0, 0.05, 90, 5),
+    ("base", "k710"): (512, 1.4e-3, 0.75, 0.1, 0.0, 0.05, 90, 5),
+    ("base", "ssv2"): (256, 2e-3, 0.65, 0.1, 0.0, 0.05, 25, 2),
+    ("large", "k400"): (192, 1.5e-3, 0.75, 0.2, 0.0, 0.05, 35, 5),
+    ("large", "ssv2"): (192, 3.75e-4, 0.75, 0.2, 0.0, 0.05, 20, 2),
+    ("huge", "k400"): (128, 5e-4, 0.8, 0.2, 0.5, 0.05, 40, 5),
+    ("huge", "ssv2"): (128, 2.5e-4, 0.8, 0.2, 0.0, 0.05, 20, 2),
+    ("giant", "k710"): (96, 3.75e-4, 0.9, 0.3, 0.0, 0.1, 35, 5),
+    ("giant", "k400"): (192, 7.5e-4, 0.9, 0.2, 0.0, 0.1, 30, 5),
+    ("giant", "k400,start=k710"): (96, 3.75e-6, 0.9, 0.25, 0.0, 0.1, 3, 5),
+    ("giant", "ssv2"): (96, 1.125e-4, 0.9, 0.25, 0.0, 0.05, 20, 2),
+    ("giant", "ucf101"): (24, 9.375e-5, 0.9, 0.35, 0.5, 0.05, 50, 5),
+    ("giant", "hmdb51"): (24, 4.6875e-5, 0.9, 0.35, 0.5, 0.05, 15, 10),
+}
+
+
+@pytest.mark.parametrize(("size", "data"), FINETUNING_V2)
+def test_published_v2_finetuning(size, data):
+    videos, lr, decay, drop_path, dropout, weight_decay, epochs, segments = FINETUNING_V2[size, data]
+    c = load_config("finetune", f"recipe=v2,size={size},data={data}")
+    assert settings.make_schedule(c, num_videos=240_000).peak_lr == pytest.approx(lr)
+    assert (c.data.batch_size, c.data.clips_per_video) == (2 * videos, 2)
+    assert (c.optim.layer_decay, c.model.drop_path, c.head.dropout) == (decay, drop_path, dropout)
+    assert (c.optim.weight_decay, c.optim.duration, c.evaluate.segments) == (weight_decay, epochs, segments)
+    assert c.model.tubelet[1] == (14 if size == "giant" else 16)
+
+
 def test_a_path_takes_the_kinetics_recipe():
     c = load_config("pretrain", "data=/my/videos")
     assert (c.data.path, c.data.stride, c.data.batch_size) == ("/my/videos", 4, 2048)
@@ -94,6 +149,9 @@ def test_a_path_takes_the_kinetics_recipe():
         ("finetune", "size=tiny,data=moving_shapes"),
         ("finetune", "size=base,data=/my/videos,preset=small_data"),
         ("debug", "task=finetune"),
+        *(("pretrain_v2", f"size={size}") for size in PRETRAINING_V2),
+        *(("finetune", f"recipe=v2,size={size},data={data}") for size, data in FINETUNING_V2),
+        ("finetune", "size=giant,data=k600,start=k710"),
     ],
 )
 def test_every_config_is_locked_and_its_step_traces(name, arg):
@@ -141,7 +199,11 @@ def test_every_config_file_is_tested():
         ("small", "scale=pod", "scale=pod is unknown: use laptop or gpu"),
         ("pretrain", "size=giant", "size=giant is unknown: use small, base, large, huge"),
         ("debug", "x", "'x' is not understood"),
-        ("finetune", "size=giant", "size=giant is unknown: use tiny, small"),
+        ("finetune", "size=vast", "size=vast is unknown: use tiny, small"),
+        ("finetune", "recipe=v3", "recipe=v3 is unknown: use v1 or v2"),
+        ("finetune", "recipe=v2,size=small", "recipe=v2 has no row for size=small"),
+        ("finetune", "start=k710", "start=k710 is for size=giant"),
+        ("pretrain_v2", "size=tiny", "size=tiny is unknown: use small, base"),
         ("finetune", "preset=big", "preset=big is unknown: use published, small_data"),
         ("probe", "size=huge", "size=huge is unknown: use tiny or base"),
     ],

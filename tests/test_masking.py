@@ -113,3 +113,33 @@ def test_odd_masks_are_refused(untyped):
             masking.from_mask(jnp.asarray(bad))
     with pytest.raises(ValueError, match="traced"):
         jax.jit(lambda m: masking.from_mask(m)[0])(jnp.asarray(uneven))
+
+
+def test_the_running_cell_is_the_published_one():
+    """Fact sheet 2.3: cells of phase 0, and each phase as many steps further along the same cycle."""
+    cycle = [[1, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]]  # 1: dropped; in the order of a cell
+    keys = jax.random.split(jax.random.key(0), 64)
+    kept = masking.running_cell(keys, (8, 4, 6), 0.5)
+    assert kept.shape == (64, masking.running_cell_count((8, 4, 6), 0.5)) == (64, 96)
+    found = set()
+    for row in np.asarray(kept):
+        assert (np.diff(row) > 0).all()
+        dropped = np.ones(8 * 4 * 6, int)
+        dropped[row] = 0
+        cells = dropped.reshape(8, 2, 2, 3, 2).transpose(0, 1, 3, 2, 4).reshape(8, 6, 4)
+        assert (cells == cells[:, :1]).all()
+        found.add(tuple(map(tuple, cells[:, 0])))
+    assert found == {tuple(tuple(cycle[(f + phase) % 4]) for f in range(8)) for phase in range(4)}
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.25, 1176), (0.5, 784), (0.75, 392)])
+def test_the_running_cell_keeps_as_many_in_every_slice(ratio, kept):
+    found = np.asarray(masking.running_cell(jax.random.split(jax.random.key(1), 4), (8, 14, 14), ratio))
+    assert found.shape == (4, kept)
+    assert all((np.bincount(row // 196) == kept // 8).all() for row in found)
+
+
+@pytest.mark.parametrize(("grid", "ratio"), [((2, 3, 4), 0.5), ((2, 4, 5), 0.5), ((2, 4, 4), 0.4)])
+def test_running_cells_that_cannot_be(grid, ratio):
+    with pytest.raises(ValueError, match="the running cell"):
+        masking.running_cell(jax.random.split(jax.random.key(0), 2), grid, ratio)

@@ -92,7 +92,7 @@ def losses_of(model, video, mask):
     visible, hidden = masking.from_mask(mask)
 
     def losses(params):
-        return nnx.merge(graphdef, params).clip_losses(video, visible, hidden, True, "mse")
+        return nnx.merge(graphdef, params).token_losses(video, visible, hidden, True, "mse").mean(axis=1)
 
     return losses, nnx.to_pure_dict(params)
 

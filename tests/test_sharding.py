@@ -1,4 +1,5 @@
-"""Every mesh: the same loss and gradient, the parts where they belong, and what devices say to each other."""
+"""Every mesh: the same loss and gradient (of the other methods: test_tasks.py), the parts where they belong,
+and what devices say to each other."""
 
 import dataclasses
 import re
@@ -73,7 +74,7 @@ def run(task, mesh, **options):
 @pytest.fixture(scope="module")
 def alone():
     """Each task's step on one device."""
-    return {task: jax.device_get(run(task, mesh_of(1))) for task in (PRETRAIN, FINETUNE)}
+    return {task: jax.device_get(run(task, mesh_of(1))) for task in (PRETRAIN,)}
 
 
 def assert_same_step(found, expected):
@@ -102,25 +103,6 @@ def test_pretraining_is_the_same_on_every_mesh(sizes, alone):
     assert {part.data.shape[0] for part in rows} == {ROWS // (data * fsdp)}
     kernel = found[0].params["encoder"]["blocks"]["fc1"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (3, 64 // fsdp, 256 // tensor)
-
-
-@pytest.mark.parametrize("sizes", [slow((8, 1, 1)), (2, 2, 2)], ids=str)
-def test_finetuning_is_the_same_on_every_mesh(sizes, alone):
-    """Erasing, mixup with a partner on another device, drop path and dropout included."""
-    assert_same_step(run(FINETUNE, mesh_of(*sizes)), alone[FINETUNE])
-
-
-@pytest.mark.parametrize(
-    ("task", "accumulate"), [slow(PRETRAIN, 1), slow(PRETRAIN, 2), slow(FINETUNE, 1), (FINETUNE, 2)]
-)
-def test_pmap_is_the_same(task, accumulate, alone):
-    """As on one device, and to 1e-6 as the jitted step on as many."""
-    mesh = mesh_of(4)
-    found = jax.device_get(run(task, mesh, mapping="pmap", accumulate=accumulate))
-    assert_same_step(found, alone[task])
-    jitted = jax.device_get(run(task, mesh, accumulate=accumulate))
-    np.testing.assert_allclose(found[1]["loss"], jitted[1]["loss"], rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[0].params, jitted[0].params)
 
 
 @pytest.mark.parametrize("mapping", ["jit", "pmap"])
@@ -156,13 +138,6 @@ def test_what_is_whole_is_not_copied():
     parts, _ = step.init_state(step.Recipe(PRETRAIN.init, TX), mesh, seed=0)
     whole = sharding.replicate(parts.params, mesh)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(whole))
-
-
-@pytest.mark.parametrize(
-    "sizes", [slow((1, 1, 1)), slow((4, 1, 1)), slow((2, 2, 1)), slow((1, 2, 2))], ids=str
-)
-def test_accumulation_is_the_same(sizes, alone):
-    assert_same_step(run(FINETUNE, mesh_of(*sizes), accumulate=2), alone[FINETUNE])
 
 
 @pytest.mark.parametrize(

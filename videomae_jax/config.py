@@ -104,8 +104,12 @@ def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """Lines "key: old -> new" for the settings that a result depends on."""
-    a, b = flatten(old), flatten(new)
+    """Lines "key: old -> new" for the settings that a result depends on.
+
+    A key that was not there yet had the effect of its default.
+    """
+    a, b = {name: key.default for name, key in KEYS.items()}, flatten(new)
+    a = {name: list(value) if isinstance(value, tuple) else value for name, value in a.items()} | flatten(old)
     return [
         f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}"
         for key in sorted(a.keys() | b.keys())

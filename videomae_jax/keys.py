@@ -6,15 +6,22 @@ from typing import Any
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-TASKS = ("pretrain", "finetune", "probe")
+TASKS = ("pretrain", "latent", "contrast", "finetune", "distill", "probe")
 
 # Tasks by what they have in common.
-TRAINED = ("pretrain", "finetune")  # step by step
-MASKED = ("pretrain",)  # a masked encoder and a decoder
-CLASSIFIERS = ("finetune",)
+TRAINED = ("pretrain", "latent", "contrast", "finetune", "distill")  # step by step
+PIXELS = ("pretrain",)
+MASKED = (*PIXELS, "latent")  # a masked encoder and a decoder
+DISTILLED = ("distill",)
+TAUGHT = ("latent", *DISTILLED)
+CONTRAST = ("contrast",)
+FINETUNED = ("finetune",)
+CLASSIFIERS = (*FINETUNED, *DISTILLED)
 PROBES = ("probe",)
 LABELLED = CLASSIFIERS + PROBES
-NEIGHBOURS = MASKED + PROBES
+SELF_SUPERVISED = (*MASKED, *CONTRAST)
+NEIGHBOURS = SELF_SUPERVISED + PROBES
+CROPPED = CONTRAST + CLASSIFIERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +49,16 @@ KEYS: dict[str, Key] = {
     "init_from": Key(
         "", 'export, checkpoint or work folder whose backbone training starts from; "": none', is_free=True
     ),
+    "teacher": Key("", "weights of the frozen model that is learnt from", read_by=TAUGHT),
     "model.tubelet": Key((2, 16, 16), "voxels (t, p, p)", "[1, inf)"),
-    "model.encoder.depth": Key(12, "blocks", "[1, inf)"),
-    "model.encoder.mlp_dim": Key(3072, "hidden units of each block", "[1, inf)"),
-    "model.encoder.num_heads": Key(12, "divide the width", "[1, inf)"),
     "model.encoder.width": Key(768, "of a token", "[1, inf)"),
-    "model.decoder.depth": Key(4, "blocks", "[1, inf)", read_by=MASKED),
-    "model.decoder.mlp_dim": Key(1536, "hidden units of each block", "[1, inf)", read_by=MASKED),
-    "model.decoder.num_heads": Key(6, "divide the width", "[1, inf)", read_by=MASKED),
+    "model.encoder.depth": Key(12, "blocks", "[1, inf)"),
+    "model.encoder.num_heads": Key(12, "divide the width", "[1, inf)"),
+    "model.encoder.mlp_dim": Key(3072, "hidden units of each block", "[1, inf)"),
     "model.decoder.width": Key(384, "of a token", "[1, inf)", read_by=MASKED),
+    "model.decoder.depth": Key(4, "blocks", "[1, inf)", read_by=MASKED),
+    "model.decoder.num_heads": Key(6, "divide the width", "[1, inf)", read_by=MASKED),
+    "model.decoder.mlp_dim": Key(1536, "hidden units of each block", "[1, inf)", read_by=MASKED),
     "model.pixel_mean": Key(IMAGENET_MEAN, "per channel, of pixels in 0..1"),
     "model.pixel_std": Key(IMAGENET_STD, "per channel, likewise", "(0, inf)"),
     "model.position_resize": Key("recompute", "table for other clip sizes: recompute | interpolate"),
@@ -74,13 +82,24 @@ KEYS: dict[str, Key] = {
     "head.pooling": Key("mean", "of tokens: mean | first", read_by=LABELLED),
     "head.dropout": Key(0.0, "of pooled features, in training", "[0, 1)", read_by=CLASSIFIERS),
     "head.scale": Key(0.001, "factor of its initial weights", "[0, inf)", read_by=CLASSIFIERS),
-    "mask.kind": Key("tube", "tube | random | frame", read_by=MASKED),
+    "mask.kind": Key(
+        "tube", "tube | random | frame | multi_block (of places, in all slices)", read_by=MASKED
+    ),
     "mask.ratio": Key(0.9, "share of places hidden", "(0, 1)", read_by=MASKED),
+    "mask.decoder": Key("none", "none | running_cell (VideoMAE V2)", read_by=PIXELS),
+    "mask.decoder_ratio": Key(0.5, "share of places that the running cell drops", "(0, 1)", read_by=PIXELS),
+    "contrast.hidden": Key(4096, "units of the heads' hidden layers", "[1, inf)", read_by=CONTRAST),
+    "contrast.width": Key(256, "of what is compared", "[1, inf)", read_by=CONTRAST),
+    "contrast.temperature": Key(0.2, "of the softmax over the batch", "(0, inf)", read_by=CONTRAST),
+    "contrast.momentum": Key(0.99, "of the momentum encoder, at the start", "[0, 1)", read_by=CONTRAST),
+    "distill.temperature": Key(1.0, "that outputs are divided by", "(0, inf)", read_by=DISTILLED),
+    "distill.hard_weight": Key(0.0, "of the loss with the labels", "[0, inf)", read_by=DISTILLED),
+    "distill.feature_weight": Key(0.0, "of the features' distance", "[0, inf)", read_by=DISTILLED),
     "loss.kind": Key("mse", "mse | l1 | smooth_l1", read_by=MASKED),
-    "loss.normalize_target": Key(True, "per tubelet and channel; False: pixels in 0..1", read_by=MASKED),
+    "loss.normalize_target": Key(True, "per tubelet and channel; False: pixels in 0..1", read_by=PIXELS),
     "loss.smoothing": Key(0.1, "of the labels' distributions", "[0, 1)", read_by=CLASSIFIERS),
     "loss.class_weights": Key(
-        "none", "none | balanced (inverse to the classes' numbers of videos)", read_by=CLASSIFIERS
+        "none", "none | balanced (inverse to the classes' numbers of videos)", read_by=FINETUNED
     ),
     "data.path": Key("", "folder of videos, CSV list, prepared data, or moving_shapes", is_free=True),
     "data.root": Key("", 'folder where relative paths of a list start; "": the list\'s', is_free=True),
@@ -117,10 +136,8 @@ KEYS: dict[str, Key] = {
     "data.generate.size": Key(64, "side of moving_shapes, pixels", "[1, inf)"),
     "data.generate.videos": Key(2048, "for training, of moving_shapes", "[1, inf)"),
     "augment.policy": Key("rand-m7-n4-mstd0.5-inc1", 'of RandAugment; "": none', read_by=CLASSIFIERS),
-    "augment.flip": Key(
-        True, "mirror half of the clips; not where left and right matter", read_by=CLASSIFIERS
-    ),
-    "augment.area": Key((0.08, 1.0), "share of a frame that a crop takes", "(0, 1]", read_by=CLASSIFIERS),
+    "augment.flip": Key(True, "mirror half of the clips; not where left and right matter", read_by=CROPPED),
+    "augment.area": Key((0.08, 1.0), "share of a frame that a crop takes", "(0, 1]", read_by=CROPPED),
     "augment.erasing": Key(
         0.25, "probability that a box of a clip becomes noise", "[0, 1]", read_by=CLASSIFIERS
     ),
@@ -212,7 +229,10 @@ KEYS: dict[str, Key] = {
     "evaluate.neighbours": Key(20, "of k-NN", "[1, inf)", read_by=NEIGHBOURS),
     "evaluate.temperature": Key(0.07, "of k-NN's votes", "(0, inf)", read_by=NEIGHBOURS),
     "evaluate.knn_videos": Key(
-        4096, "training videos that k-NN looks among while training, at most", "[1, inf)", read_by=MASKED
+        4096,
+        "training videos that it looks among while training, at most",
+        "[1, inf)",
+        read_by=SELF_SUPERVISED,
     ),
     "probe.kind": Key("linear", "knn | linear | attentive", read_by=PROBES),
     "probe.epochs": Key(100, "of linear and attentive", "[1, inf)", read_by=PROBES),
@@ -223,7 +243,7 @@ KEYS: dict[str, Key] = {
         0,
         "learn this many videos by heart, without augmentation; must reach 100 %. 0: off",
         "[0, inf)",
-        read_by=CLASSIFIERS,
+        read_by=FINETUNED,
     ),
     "log.steps": Key(10, "steps from one logged step to the next", "[1, inf)", is_free=True),
     "log.profile": Key(
@@ -232,11 +252,11 @@ KEYS: dict[str, Key] = {
         read_by=TRAINED,
         is_free=True,
     ),
-    "log.pictures": Key(4, "held-out clips drawn at the end", "[1, inf)", read_by=MASKED, is_free=True),
+    "log.pictures": Key(4, "held-out clips drawn at the end", "[1, inf)", read_by=PIXELS, is_free=True),
     "log.statistics": Key(
         "true",
         "of those pictures: true | visible | raw (pixel targets: raw only)",
-        read_by=MASKED,
+        read_by=PIXELS,
         is_free=True,
     ),
 }

@@ -61,7 +61,7 @@ class PretrainClip(grain.transforms.RandomMap):
             boxes = [choose_box(*frames.shape[1:3]) for _ in range(self.clips_per_video)]
             return np.stack([augment.resized_crop(frames, box, self.size) for box in boxes])
 
-        return _element(*element, clips, (self.clips_per_video, self.frames, *self.size, 3))
+        return clips_of(*element, clips, (self.clips_per_video, self.frames, *self.size, 3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class FinetuneClip(grain.transforms.RandomMap):
 
         shape = (self.clips_per_video, self.frames, *self.size, 3)
         boxes = [augment.erasing_box(*self.size, rng, self.erasing) for _ in range(self.clips_per_video)]
-        made = _element(*element, clips, shape)
+        made = clips_of(*element, clips, shape)
         return made | {"erase": np.array(boxes, np.int32)}
 
     def _clip(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -136,7 +136,7 @@ class MiddleClip(grain.transforms.Map):
             wanted = sampling.pretrain_clip(video.num_frames, self.frames, self.stride, None)
             return augment.centre_crop(video.read(wanted), self.size)[None]
 
-        return _element(*element, clips, (1, self.frames, *self.size, 3))
+        return clips_of(*element, clips, (1, self.frames, *self.size, 3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ class ValidationClip(grain.transforms.Map):
             wanted = _clip_frames(video.num_frames, self.frames, self.stride, None)
             return augment.validation_crop(video.read(wanted), self.size)[None]
 
-        return _element(*element, clips, (1, self.frames, *self.size, 3))
+        return clips_of(*element, clips, (1, self.frames, *self.size, 3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +200,7 @@ class TestViews(grain.transforms.Map):
                 ]
             )
 
-        return _element(*element, views, (self.clips_per_video, self.frames, *self.size, 3))
+        return clips_of(*element, views, (self.clips_per_video, self.frames, *self.size, 3))
 
     def _segment(self, num_frames: int, segment: int) -> np.ndarray:
         if self.stride:
@@ -215,7 +215,7 @@ def _clip_frames(num_frames: int, frames: int, stride: int, rng: np.random.Gener
     return sampling.segment_clip(num_frames, frames, rng)
 
 
-def _element(
+def clips_of(
     index: int,
     record: Record | None,
     clips: Callable[[AnyVideo], np.ndarray],

@@ -42,7 +42,8 @@ def read(path: str | os.PathLike, config: ClassifierConfig, names: list[str]) ->
 
     The backbone must be there whole. The final norm is taken from a classifier with the same pooling; from a
     pretraining model it is for pooling "first" only (with "mean" the published norm starts fresh). The head
-    is taken only from a classifier with the same classes and kind of head.
+    is taken from a classifier with the same kind of head that knows all the classes, by their names: so one
+    of Kinetics-710 begins on Kinetics-400, 600 or 700 with what it knows.
 
     Raises:
         ExportError: `path` holds no model.
@@ -69,7 +70,11 @@ def read(path: str | os.PathLike, config: ClassifierConfig, names: list[str]) ->
             name.removeprefix("encoder/"): found.pop(name) for name in list(found) if "encoder/norm" in name
         }
     has_norm = theirs.pooling == config.pooling if is_classifier else config.pooling == "first"
-    has_head = is_classifier and (theirs.classes, theirs.head) == (config.classes, config.head)
+    has_head = False
+    if is_classifier and theirs.head == config.head and set(config.classes) <= set(theirs.classes):
+        has_head = True
+        rows = [theirs.classes.index(name) for name in config.classes]
+        found |= {f"head/{name}": found[f"head/{name}"][..., rows] for name in ("kernel", "bias")}
     wanted = [
         name
         for name in names

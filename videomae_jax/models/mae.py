@@ -21,10 +21,12 @@ class VideoMAEConfig(vit.BackboneConfig):
     Attributes:
         decoder: its sizes; None: an encoder alone, which predicts nothing.
         encoder_norm: whether the encoder ends with a LayerNorm, as published.
+        target_width: numbers that are predicted for each hidden tubelet; None: its voxels.
     """
 
     decoder: vit.Stack | None
     encoder_norm: bool = True
+    target_width: int | None = None
 
 
 class Encoder(vit.Trunk):
@@ -40,8 +42,8 @@ class Decoder(nnx.Module):
     """Projection to the decoder's width, mask token, blocks, final LayerNorm and pixel head."""
 
     def __init__(self, config: VideoMAEConfig, sizes: vit.Stack, rngs: nnx.Rngs):
-        c, dtype = config, config.compute.dtype
-        width, voxels = sizes.width, math.prod(c.tubelet) * c.channels
+        c, dtype, width = config, config.compute.dtype, sizes.width
+        outputs = c.target_width or math.prod(c.tubelet) * c.channels
         # Not covered by the published Xavier pass: U(+-1/sqrt(D)), the framework's default.
         bound = 1 / math.sqrt(c.encoder.width)
         shape = (c.encoder.width, width)
@@ -51,14 +53,14 @@ class Decoder(nnx.Module):
         self.mask_token = nnx.Param(0.02 * token)
         self.blocks = vit.make_blocks(sizes, c.norm_epsilon, c.layer_scale, c.compute, rngs, vit.XAVIER)
         self.norm = vit.layer_norm(width, c.final_norm_epsilon or c.norm_epsilon, dtype, rngs)
-        self.head = vit.Linear(width, voxels, dtype, rngs, vit.XAVIER)
+        self.head = vit.Linear(width, outputs, dtype, rngs, vit.XAVIER)
 
 
 class VideoMAE(nnx.Module):
     """A masked autoencoder for video (arXiv 2203.12602).
 
     `model(video, mask)`, `model.encode` and `model.loss` take boolean masks with known values and compile
-    themselves; inside a larger jitted function use `encode_visible`, `predict` and `clip_losses` with the
+    themselves; inside a larger jitted function use `encode_visible`, `predict` and `token_losses` with the
     static-size index arrays of `masking.indices`.
 
     >>> import videomae_jax as vm
@@ -103,6 +105,20 @@ class VideoMAE(nnx.Module):
         pixels = tubelets.normalize_pixels(raw, c.pixel_mean, c.pixel_std)
         positions = self._positions(grid, c.encoder.width)[visible]
         tokens = self.encoder(pixels, positions, keys, layout)
+        return self.encoder.norm(tokens) if c.encoder_norm else tokens
+
+    def encode_pixels(
+        self,
+        pixels: Float[Array, "B T H W C"],
+        keys: Key[Array, " B"] | None = None,
+        layout: Layout = WHOLE,
+    ) -> Float[Array, "B N D"]:
+        """As `encode_visible` with every tubelet of normalised clips visible."""
+        _, t, h, w, _ = pixels.shape
+        c = self.config
+        grid = tubelets.grid_of((t, h, w), c.tubelet)
+        positions = self._positions(grid, c.encoder.width)[None]
+        tokens = self.encoder(tubelets.patchify(pixels, c.tubelet), positions, keys, layout)
         return self.encoder.norm(tokens) if c.encoder_norm else tokens
 
     def tokens(self, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B N D"]:
@@ -153,7 +169,7 @@ class VideoMAE(nnx.Module):
         tokens = self.encode_visible(video, visible, encoder_keys, layout)
         return self.decode(tokens, visible, hidden, self._check(video), decoder_keys, layout)
 
-    def clip_losses(
+    def token_losses(
         self,
         video: UInt8[Array, "B T H W C"],
         visible: Int[Array, "B V"],
@@ -162,8 +178,8 @@ class VideoMAE(nnx.Module):
         kind: str,
         keys: Key[Array, " B"] | None = None,
         layout: Layout = WHOLE,
-    ) -> Float[Array, "B"]:
-        """Reconstruction loss of each clip, float32; the batch loss is its (weighted) mean."""
+    ) -> Float[Array, "B M"]:
+        """Reconstruction loss of each tubelet of `hidden`, float32; the batch loss is their mean."""
         prediction = self.predict(video, visible, hidden, keys, layout)
         raw = tubelets.take(tubelets.patchify(video, self.config.tubelet), hidden)
         target = tubelets.reconstruction_target(raw, self.config.channels, normalize_target)
@@ -221,7 +237,7 @@ class VideoMAE(nnx.Module):
             kind: "mse", "l1" or "smooth_l1".
         """
         visible, hidden = self._indices(video, mask)
-        losses = vit.jitted("clip_losses", ("normalize_target", "kind"))(
+        losses = vit.jitted("token_losses", ("normalize_target", "kind"))(
             *nnx.split(self),
             video,
             visible,

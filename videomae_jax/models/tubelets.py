@@ -128,8 +128,8 @@ def reconstruction_target(
 
 def reconstruction_error(
     prediction: Float[Array, "B M P"], target: Float[Array, "B M P"], kind: str
-) -> Float[Array, "B"]:
-    """Mean error of each clip over its hidden voxels, float32.
+) -> Float[Array, "B M"]:
+    """Mean error of each tubelet over its voxels, float32.
 
     Args:
         kind: "mse" (published), "l1", or "smooth_l1" (beta 1), the ablations of the paper's table.
@@ -147,7 +147,7 @@ def reconstruction_error(
         error = jnp.where(size < 1, 0.5 * difference**2, size - 0.5)
     else:
         raise ValueError(f"unknown loss {kind!r}: use one of {LOSSES}")
-    return error.mean(axis=(1, 2))
+    return error.mean(axis=2)
 
 
 def check_video(video: Any, channels: int) -> None:

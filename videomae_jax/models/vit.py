@@ -338,6 +338,20 @@ def run_blocks(
     Args:
         frozen: no gradient is computed for this many blocks from the first, nor for what is below them.
     """
+    return _scan_blocks(blocks, x, compute, drop_path_rate, keys, layout, frozen, with_means=False)[0]
+
+
+def _scan_blocks(
+    blocks: Block,
+    x: Float[Array, "B N D"],
+    compute: Compute,
+    drop_path_rate: float,
+    keys: Key[Array, " B"] | None,
+    layout: Layout,
+    frozen: int,
+    with_means: bool,
+) -> tuple[Float[Array, "B N D"], Float[Array, "L B D"] | None]:
+    """What leaves the last block, and `with_means` the mean token that leaves each."""
     graphdef, params = nnx.split(blocks)
     depth, gather = blocks.fc1.kernel.shape[0], layout.gather_block
     layers = (nnx.to_pure_dict(params), drop_path_scales(keys, drop_path_rate, depth))
@@ -346,22 +360,24 @@ def run_blocks(
         block_params, scales = xs
         if gather:
             block_params = gather(block_params)
-        return nnx.merge(graphdef, block_params)(x, scales, layout), None
+        x = nnx.merge(graphdef, block_params)(x, scales, layout)
+        return x, x.mean(axis=1) if with_means else None
 
     policy = _REMAT[compute.remat]
     if gather and compute.remat == "none":
         policy = _all_but_parameters
     if policy:
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-    if frozen:
-        lower, layers = (
-            jax.tree.map(lambda a, s=s: a[s], layers) for s in (slice(frozen), slice(frozen, None))
-        )
-        x = jax.lax.scan(layer, x, lower, unroll=min(compute.unroll, frozen))[0]
-        x = jax.lax.stop_gradient(x)
-    if frozen == depth:
-        return x
-    return jax.lax.scan(layer, x, layers, unroll=min(compute.unroll, depth - frozen))[0]
+    means = []
+    for first, last in ((0, frozen), (frozen, depth)):
+        if first == last:
+            continue
+        part = jax.tree.map(lambda leaf, part=slice(first, last): leaf[part], layers) if frozen else layers
+        x, found = jax.lax.scan(layer, x, part, unroll=min(compute.unroll, last - first))
+        means.append(found)
+        if last == frozen:
+            x = jax.lax.stop_gradient(x)
+    return x, jnp.concatenate(means) if with_means else None
 
 
 def block_flops(sizes: Stack, tokens: int) -> float:
@@ -408,6 +424,20 @@ class Trunk(nnx.Module):
         """Tokens of normalised tubelets at their positions, before any final norm; see `run_blocks`."""
         x = self.embed(pixels, positions)
         return run_blocks(self.blocks, x, self.config.compute, self.config.drop_path, keys, layout, frozen)
+
+    def with_layers(
+        self,
+        pixels: Float[Array, "B K P"],
+        positions: Float[Array, "#B K D"],
+        keys: Key[Array, " B"] | None,
+        layout: Layout,
+        frozen: int = 0,
+    ) -> tuple[Float[Array, "B K D"], Float[Array, "L B D"]]:
+        """As the module itself, and the mean token that leaves each block."""
+        x, c = self.embed(pixels, positions), self.config
+        x, means = _scan_blocks(self.blocks, x, c.compute, c.drop_path, keys, layout, frozen, with_means=True)
+        assert means is not None
+        return x, means
 
 
 @functools.lru_cache

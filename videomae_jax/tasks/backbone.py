@@ -5,6 +5,7 @@ from typing import Any
 from videomae_jax.config import Config, UserError
 from videomae_jax.interop import weights
 from videomae_jax.models import vit
+from videomae_jax.models.mae import VideoMAEConfig
 
 
 def fields(config: Config) -> dict[str, Any]:
@@ -19,6 +20,22 @@ def hints(config: Config) -> weights.Hints:
     """What the settings tell of weights whose files do not."""
     encoder = config.model.encoder
     return weights.Hints(heads_by_width={encoder.width: encoder.num_heads})
+
+
+def read_teacher(config: Config, kind: type) -> Any:
+    """The config of the model in `teacher`, of the kind that a method learns from.
+
+    Raises:
+        UserError: there is none, it is another kind of model, or the mesh does not divide its heads.
+    """
+    if not config.teacher:
+        raise UserError(f"task={config.task} learns from a teacher: set --config.teacher=WORKDIR or a file")
+    made = weights.read_config(config.teacher, hints(config))
+    if not isinstance(made, kind):
+        wanted = "pretraining model" if kind is VideoMAEConfig else "classifier"
+        raise UserError(f"task={config.task} learns from a {wanted}, and {config.teacher} holds none")
+    check_tensor(config, made)
+    return made
 
 
 def check_tensor(config: Config, model: vit.BackboneConfig) -> None:

@@ -12,9 +12,10 @@ from videomae_jax.apps import predictions
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import sources
 from videomae_jax.interop import weights
+from videomae_jax.keys import CLASSIFIERS
 from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.storage import Place
-from videomae_jax.tasks import backbone, finetune, table
+from videomae_jax.tasks import backbone, classify, finetune
 from videomae_jax.training import compute, report, splits, testing
 
 
@@ -33,7 +34,7 @@ def run(
         OutputError: outputs that are not finite, naming the first video.
     """
     config = compute.on_this_machine(settings.checked(config))
-    if config.task != "finetune":
+    if config.task not in CLASSIFIERS:
         raise UserError(f"evaluate tests classifiers, not task={config.task}: use configs/finetune.py")
     is_best = not checkpoint and (workdir / "best").is_dir()
     path = checkpoint or str(workdir / "best" if is_best else workdir)
@@ -51,8 +52,10 @@ def run(
             f"the model in {path} has a {made.head} head, the settings say {config.head.kind}: set "
             f"--config.head.kind={made.head}"
         )
-    planned = table.make_task(config, weights=path)
-    assert isinstance(planned, finetune.Finetune)
+    try:
+        planned = finetune.make(config, None, path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     source = hosts.agreed(lambda: _source(config, made, path))
     hosts.check_agreement(config, source, workdir, checkpoint=str(path))
     # The weights decide what they are; the settings, how large clips are and how they are computed.
@@ -82,7 +85,7 @@ def run(
             f"{outputs.num_failed} of {len(source)} videos cannot be decoded, the first is {first}: mend or "
             f"remove them, or report the others with --config.evaluate.allow_failed=true"
         )
-    result = finetune.summarize(outputs, source, views, made.head, path) | {
+    result = classify.summarize(outputs, source, views, made.head, path) | {
         "checkpoint": str(path),
         "split": config.evaluate.split,
     }

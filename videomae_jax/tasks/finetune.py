@@ -1,107 +1,19 @@
-"""Finetuning a video classifier, or training it from scratch: the published recipe for labelled videos."""
+"""Finetuning a video classifier, or training it from scratch (arXiv 2203.12602)."""
 
 import dataclasses
-import functools
-import math
-from typing import Any, ClassVar
 
-import jax
-import numpy as np
-from flax import nnx
-from flax.traverse_util import flatten_dict
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key
 
-from videomae_jax import hosts, sharding
-from videomae_jax.apps import predictions
-from videomae_jax.config import Config, UserError
-from videomae_jax.data import pipeline, randaugment, sources
+from videomae_jax.config import Config
 from videomae_jax.data.sources import Source
-from videomae_jax.evaluation import classification
-from videomae_jax.interop import export, transfer, weights
-from videomae_jax.models import heads, tubelets, vit
-from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
 from videomae_jax.models.layout import Layout
-from videomae_jax.tasks import backbone, losses, mixup
-from videomae_jax.tasks.mixup import Mix
-from videomae_jax.training import optim, report, testing
-from videomae_jax.training.step import Batch, Terms, TrainState, clip_keys, stream
-from videomae_jax.training.task import Run, Task, Validate
-
-KEY_METRIC = {"softmax": "top1", "multilabel": "mean_average_precision", "regression": "r2"}
-"""What the best weights are chosen by, for each kind of head; larger is better."""
-
-_AT_CHANCE = (
-    "warning: after {step} steps validation top1 {top1:.3f} is no better than always naming the most "
-    "frequent class: check labels, optim.lr, init_from and data.stride; --config.debug.overfit=8 shows "
-    "whether anything can be learnt"
-)
+from videomae_jax.tasks import classify, losses
+from videomae_jax.training.step import Batch, Terms
 
 
 @dataclasses.dataclass(frozen=True)
-class Finetune(Task[ClassifierConfig]):
-    """Classification of clips (arXiv 2203.12602), all weights trained or the upper ones only.
-
-    Attributes:
-        stride: frames of the file from one frame of a clip to the next; 0: one of each equal part.
-        policy, flip, erasing, area, clips_per_video: see `pipeline.FinetuneClip`.
-        mix: mixup and CutMix; None: neither.
-        smoothing: of the labels' distributions (softmax).
-        class_weights: factor of each class's part of the loss; None: all 1.
-        layers: learning rates by depth, and what stays as it is.
-        overfit: no augmentation, dropout or smoothing: a check that the clips can be learnt at all.
-    """
-
-    model: ClassifierConfig
-    stride: int
-    policy: randaugment.Policy | None
-    flip: bool
-    erasing: float
-    area: tuple[float, float]
-    clips_per_video: int
-    mix: mixup.Mix | None
-    smoothing: float
-    class_weights: tuple[float, ...] | None
-    layers: optim.Layers = dataclasses.field(default_factory=optim.Layers)
-    overfit: bool = False
-    needs_labels: ClassVar[bool] = True
-    last_phase: ClassVar[str] = "test"
-
-    @functools.cached_property
-    def graphdef(self) -> Any:
-        """The module without its parameters."""
-        return nnx.graphdef(nnx.eval_shape(lambda: VideoClassifier(self.model, rngs=nnx.Rngs(0))))
-
-    def init(self, key: Key[Array, ""]) -> dict:
-        """Parameters of a classifier from scratch, a nested dict of float32 arrays."""
-        return nnx.to_pure_dict(nnx.state(VideoClassifier(self.model, rngs=nnx.Rngs(params=key)), nnx.Param))
-
-    @property
-    def best_by(self) -> str:
-        """What the best weights are chosen by."""
-        return KEY_METRIC[self.model.head]
-
-    def start(self, config: Config, names: list[str]) -> dict[str, np.ndarray]:
-        """The backbone of `init_from`, and its head where the classes are the same; see `transfer.read`."""
-        if not config.init_from:
-            return {}
-        ours = [name.removeprefix("params/") for name in names]
-        taken = transfer.read(config.init_from, self.model, ours)
-        report.say(f"starting from {config.init_from}: {taken}")
-        found: dict[str, Any] = flatten_dict(taken.params, sep="/")
-        return {f"params/{name}": value for name, value in found.items()}
-
-    def rate_factors(self, params: Any) -> Any:
-        """Layer-wise decay, and 0 for what is frozen."""
-        return optim.layer_scales(params, self.layers)
-
-    def check_batch(self, config: Config, parts: int) -> None:
-        """Mixup pairs the clips of a microbatch."""
-        rows = config.data.batch_size // parts
-        if self.mix and config.optim.accumulate > 1 and rows % 2:
-            raise UserError(
-                f"data.batch_size={config.data.batch_size} gives each device microbatches of {rows} clips, "
-                f"and mixup pairs clips: use a multiple of {2 * parts}"
-            )
+class Finetune(classify.Classify):
+    """Labels alone teach."""
 
     def terms(
         self,
@@ -112,262 +24,25 @@ class Finetune(Task[ClassifierConfig]):
         step: Int[Array, ""],
         layout: Layout,
     ) -> Terms:
-        """The loss of augmented, erased and mixed clips, a mean over clips; see `Task.terms`.
-
-        Args:
-            batch: `label` int32 [B] or `target` float32 [B, K], and `erase` int32 [B, 4], too.
-        """
+        """The loss of augmented, erased and mixed clips, a mean over clips; see `Task.terms`."""
         clip_losses = self.clip_losses(params, batch, root, step, layout)
         return Terms((batch["weight"] * clip_losses).sum(), batch["weight"].sum(), {})
 
     def clip_losses(
         self, params: dict, batch: Batch, root: Key[Array, ""], step: Int[Array, ""], layout: Layout
     ) -> Float[Array, " B"]:
-        """The loss of each clip."""
-        model, c = nnx.merge(self.graphdef, params), self.model
-        pixels = tubelets.normalize_pixels(batch["video"], c.pixel_mean, c.pixel_std)
-        smoothing = 0.0 if self.overfit else self.smoothing
-        if c.head == "softmax":
-            targets = losses.smoothed(batch["label"], len(c.classes), smoothing)
-        else:
-            targets = batch["target"]
-        if self.overfit:
-            features = model.pooled(pixels, None, layout, self.layers.frozen)
-            return losses.output_losses(model.head(features), targets, c.head, self.class_weights)
-        if self.erasing > 0:
-            pixels = tubelets.erase(pixels, batch["erase"], clip_keys(root, "erase", batch["index"]))
-        if self.mix:
-            key = jax.random.fold_in(stream(root, "mix"), step)
-            drawn = mixup.draw(self.mix, pixels.shape[2], pixels.shape[3], key)
-            pixels, targets = mixup.mix_clips(pixels, targets, batch["weight"], drawn, layout)
-        keys = clip_keys(root, "drop_path", batch["index"])
-        features = model.pooled(pixels, keys, layout, self.layers.frozen)
-        features = heads.dropout(features, c.head_dropout, clip_keys(root, "dropout", batch["index"]))
-        return losses.output_losses(model.head(features), targets, c.head, self.class_weights)
-
-    def flops_per_clip(self) -> float:
-        """Floating-point operations of a clip's forward and backward pass; see `vit.block_flops`."""
-        c, tokens, frozen = self.model, math.prod(self.model.grid), self.layers.frozen
-        embed = 2.0 * tokens * math.prod(c.tubelet) * c.channels * c.encoder.width
-        block = vit.block_flops(c.encoder, tokens) / c.encoder.depth
-        # What is frozen is computed once, forward; the gradient costs twice as much again.
-        moving = (embed if not frozen else 0.0) + (c.encoder.depth - frozen) * block
-        return 3 * moving + frozen * block + (embed if frozen else 0.0)
-
-    def outputs(self, params: dict, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B K"]:
-        """The head's outputs for plain clips."""
-        return nnx.merge(self.graphdef, params).logits(video)
-
-    @property
-    def _clip(self) -> tuple[int, int, tuple[int, int]]:
-        frames, height, width = self.model.clip_size
-        return frames, self.stride, (height, width)
-
-    @property
-    def clip_transform(self) -> pipeline.FinetuneClip | pipeline.ValidationClip:
-        """Record -> training clips."""
-        if self.overfit:
-            return pipeline.ValidationClip(*self._clip)
-        how = (self.policy, self.flip, self.erasing, self.area, self.clips_per_video)
-        return pipeline.FinetuneClip(*self._clip, *how)
-
-    def test_views(self, segments: int, crops: int) -> pipeline.TestViews:
-        """Record -> its test views."""
-        return pipeline.TestViews(*self._clip, segments, crops)
-
-    def metadata(self) -> dict[str, Any]:
-        """What is stored beside the parameters."""
-        return export.metadata(VideoClassifier, self.model, {"stride": self.stride})
-
-    def describe(self) -> str:
-        """The model in half a line."""
-        encoder, tokens = self.model.encoder, math.prod(self.model.grid)
-        frozen = f", {self.layers.frozen} blocks frozen" if self.layers.frozen else ""
-        return (
-            f"encoder {encoder.width}x{encoder.depth}{frozen}, {tokens} tubelets, "
-            f"{len(self.model.classes)} classes ({self.model.head}), {self.model.compute.dtype}"
-        )
-
-    def validator(self, run: Run) -> Validate:
-        """Figures on the middle clip of each validation video."""
-        validation = run.videos.validation
-        clip = pipeline.ValidationClip(*self._clip)
-        evaluator = testing.Evaluator(self.outputs, validation, clip, run.config, run.mesh)
-        said: set[str] = set()
-
-        def say_once(name: str, text: str) -> None:
-            if name not in said:
-                said.add(name)
-                report.say(text)
-
-        def validate(params: Any, step: int) -> dict[str, float]:
-            outputs = evaluator.run(params)
-            for video, reason in outputs.failed.items():
-                say_once(video, f"bad video, validated without it: {reason}")
-            if not len(outputs.records):
-                raise UserError(f"none of the {len(validation)} validation videos can be decoded")
-            scores = outputs.scores(validation, self.model.head)
-            lost = [validation.ids[record] for record in scores.not_finite]
-            if lost:
-                report.say(
-                    f"warning: the scores of {len(lost)} of {len(scores.records)} validation videos are not "
-                    f"finite, the first is {lost[0]}: they count as wrong; such weights are never the best"
-                )
-            figures = scores.metrics(self.model.head) | {"not_finite": float(len(lost))}
-            found = {f"validation_{name}": x for name, x in figures.items()}
-            if self.model.head == "softmax" and step >= run.schedule.warmup_steps:
-                top1 = found["validation_top1"]
-                if classification.is_at_chance(top1, scores.labels):
-                    say_once("at chance", _AT_CHANCE.format(step=step, top1=top1))
-            return found
-
-        return validate
-
-    def finish(self, run: Run, state: TrainState) -> dict[str, Any]:
-        """The multi-view test of the best weights and of the last, as the paper tests them.
-
-        Writes evaluation.json, predictions.csv and confusion.png of the best ones, which are tested first.
-
-        Raises:
-            UserError: there are no best weights.
-            OutputError: weights whose outputs are not finite.
-        """
-        if self.overfit:
-            return {"learnt_by_heart": self._check_overfit(run, state)}
-        config, workdir, test = run.config, run.workdir, run.videos.test
-        views = self.test_views(config.evaluate.segments, config.evaluate.crops)
-        evaluator = testing.Evaluator(self.outputs, test, views, config, run.mesh)
-        if not (workdir / "best").exists():
-            raise UserError(
-                f"no weights of this run can be tested: its validation was never finite, so there is no "
-                f"{workdir / 'best'}: lower optim.lr or set optim.clip_norm, in another --workdir"
-            )
-        best: Any = nnx.to_pure_dict(nnx.state(export.load(workdir / "best"), nnx.Param))
-        best = sharding.replicate(jax.device_get(best), run.mesh)
-        result = {}
-        for name, params in {"best": best, "last": state.params, "last_average": state.ema}.items():
-            if params is not None:
-                outputs = evaluator.run(params)
-                whose = f"{name.replace('_', ' ')} weights"
-                result[name] = summarize(outputs, test, views, self.model.head, whose)
-                report.say(f"test of the {whose}: {predictions.line(result[name])}")
-                if name == "best" and hosts.is_writer():
-                    predictions.write(workdir, result[name], outputs.scores(test, self.model.head), test)
-        return {"test": result}
-
-    def _check_overfit(self, run: Run, state: TrainState) -> dict[str, float]:
-        found = self.validator(run)(state.params, int(state.step))
-        value, wanted = found[f"validation_{self.best_by}"], 0.95 if self.best_by == "r2" else 1.0
-        if not value >= wanted:  # NaN too
-            raise UserError(
-                f"debug.overfit={run.config.debug.overfit}: the training clips are not learnt by heart "
-                f"({self.best_by} {value:.3f}, not {wanted}): raise optim.lr, or look for labels that cannot "
-                f"be told apart"
-            )
-        return found
+        """The loss of each clip; see `Classify.mixed` for the fields of the batch."""
+        model = self.module(params)
+        pixels, targets = self.mixed(batch, root, step, layout)
+        features = model.pooled(pixels, self.drop_path_keys(batch, root), layout, self.layers.frozen)
+        outputs = self.logits(model, features, batch, root)
+        return losses.output_losses(outputs, targets, self.model.head, self.class_weights)
 
 
-def summarize(
-    outputs: testing.Outputs, source: sources.Source, views: pipeline.TestViews, head: str, whose: str
-) -> dict[str, Any]:
-    """The content of evaluation.json.
-
-    Args:
-        whose: what the outputs come from, in errors.
-
-    Raises:
-        UserError: no video could be decoded, or none of them has a label.
-        OutputError: outputs that are not finite.
-    """
-    if not len(outputs.records):
-        raise UserError(f"none of the {len(source)} videos in {source.root} can be decoded")
-    if head == "softmax" and max(source.labels) < 0:
-        raise UserError(f"no video in {source.root} has a label: list them with their labels")
-    classification.check_finite(outputs.values, [source.ids[record] for record in outputs.records], whose)
-    if outputs.short and views.segments > 1:
-        report.say(
-            f"{len(outputs.short)} videos are shorter than a clip of {views.frames} frames at stride "
-            f"{views.stride}, such as {outputs.short[0]}: their last frame is repeated and all segments are "
-            f"the same; a smaller --config.data.stride avoids it"
-        )
-    scores = outputs.scores(source, head)
-    return {
-        **scores.metrics(head),
-        "videos": len(outputs.records),
-        "videos_failed": outputs.num_failed,
-        "videos_shorter_than_a_clip": len(outputs.short),
-        "failed": dict(sorted(outputs.failed.items())),
-        "views": {"segments": views.segments, "crops": views.crops},
-    }
-
-
-def make(config: Config, train: Source | None, path: str) -> Finetune:
+def make(config: Config, train: Source | None, weights: str) -> Finetune:
     """The task that the settings name; see `task.Make`.
 
     Raises:
         UserError, ValueError: sizes and settings that do not fit together.
     """
-    head, augment, loss = config.head, config.augment, config.loss
-    made = weights.read_config(path, backbone.hints(config)) if path else None
-    model = ClassifierConfig.from_dict(
-        backbone.fields(config)
-        | {
-            "classes": train.classes if train else ("unknown",),
-            "head": head.kind,
-            "pooling": head.pooling,
-            "head_dropout": head.dropout,
-            "head_scale": head.scale,
-        }
-        # What a backbone was made with stays with it.
-        | (
-            {"position_grid": made.position_grid or made.grid, "norm_epsilon": made.norm_epsilon}
-            if made
-            else {}
-        )
-    )
-    if model.position_grid == model.grid:
-        model = dataclasses.replace(model, position_grid=None)
-    if config.optim.freeze_blocks > model.encoder.depth:
-        raise UserError(
-            f"optim.freeze_blocks={config.optim.freeze_blocks} of {model.encoder.depth} blocks: lower it"
-        )
-    mix = Mix(augment.mixup, augment.cutmix, augment.mix_probability, augment.mix_switch)
-    is_mixed = mix.is_active and head.kind == "softmax" and not config.debug.overfit
-    _check_mix(config, mix, is_mixed)
-    if loss.class_weights not in ("none", "balanced"):
-        raise UserError(f"loss.class_weights={loss.class_weights!r} is unknown: use none or balanced")
-    weights_of_classes = None
-    if loss.class_weights == "balanced":
-        if head.kind != "softmax":
-            raise UserError("loss.class_weights=balanced is for head.kind=softmax: set it to none")
-        if train:
-            weights_of_classes = losses.balanced_weights(
-                [train.labels.count(label) for label in range(len(train.classes))]
-            )
-    return Finetune(
-        model=model,
-        stride=config.data.stride,
-        policy=randaugment.parse(augment.policy) if augment.policy else None,
-        flip=augment.flip,
-        erasing=augment.erasing,
-        area=tuple(augment.area),
-        clips_per_video=config.data.clips_per_video,
-        mix=mix if is_mixed else None,
-        smoothing=loss.smoothing,
-        class_weights=weights_of_classes,
-        layers=optim.Layers(config.optim.layer_decay, config.optim.freeze_blocks),
-        overfit=config.debug.overfit > 0,
-    )
-
-
-def _check_mix(config: Config, mix: Mix, is_mixed: bool) -> None:
-    if mix.is_active and config.head.kind != "softmax":
-        raise UserError(
-            f"augment.mixup and cutmix mix classes and are not for head.kind={config.head.kind}: set "
-            f"--config.augment.mixup=0 --config.augment.cutmix=0"
-        )
-    if is_mixed and config.data.batch_size % 2:
-        raise UserError(
-            f"data.batch_size={config.data.batch_size} is odd, and mixup pairs clips: make it even, or set "
-            f"--config.augment.mix_probability=0"
-        )
+    return Finetune(**classify.fields(config, train, weights))

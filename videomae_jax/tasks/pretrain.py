@@ -39,6 +39,9 @@ class Pretrain(Task[VideoMAEConfig]):
         loss_kind: "mse" (published), "l1" or "smooth_l1".
         stride: frames of the file from one frame of a clip to the next.
         clips_per_video: crops, each with its own mask, of the same decoded frames.
+        decoder_mask: "running_cell": the decoder sees mask tokens at the places that it keeps only, without
+            `decoder_ratio` of all, and the loss is over those of them that are hidden (VideoMAE V2, arXiv
+            2303.16727). "none": at all hidden places, as in V1.
     """
 
     model: VideoMAEConfig
@@ -48,6 +51,8 @@ class Pretrain(Task[VideoMAEConfig]):
     loss_kind: str
     stride: int
     clips_per_video: int = 1
+    decoder_mask: str = "none"
+    decoder_ratio: float = 0.5
     last_phase: ClassVar[str] = "pictures"
 
     @functools.cached_property
@@ -65,6 +70,21 @@ class Pretrain(Task[VideoMAEConfig]):
         keys = clip_keys(root, "mask", batch["index"])
         return masking.indices(keys, self.mask, self.model.grid, self.mask_ratio)
 
+    def decoded(
+        self, batch: Batch, root: Key[Array, ""], hidden: Int[Array, "B M"]
+    ) -> tuple[Int[Array, "B K"], Float[Array, "B K"]]:
+        """(where the decoder has mask tokens, which of them count in the loss), of each example.
+
+        As published, the running cell keeps places that the encoder sees too: they are decoded, and do not
+        count.
+        """
+        if self.decoder_mask == "none":
+            return hidden, jnp.ones(hidden.shape)
+        keys = clip_keys(root, "decoder_mask", batch["index"])
+        kept = masking.running_cell(keys, self.model.grid, self.decoder_ratio)
+        is_hidden = masking.to_mask(hidden, math.prod(self.model.grid))
+        return kept, jnp.take_along_axis(is_hidden, kept, axis=1).astype(jnp.float32)
+
     def terms(
         self,
         params: dict,
@@ -74,13 +94,15 @@ class Pretrain(Task[VideoMAEConfig]):
         step: Int[Array, ""],
         layout: Layout,
     ) -> Terms:
-        """Reconstruction loss, a mean over clips; see `Task.terms`."""
+        """Reconstruction loss, a mean over the tubelets that count; see `Task.terms`."""
         model = nnx.merge(self.graphdef, params)
         visible, hidden = self.masks(batch, root)
+        places, counts = self.decoded(batch, root, hidden)
         keys = clip_keys(root, "drop_path", batch["index"]) if self.model.drop_path > 0 else None
         how = (self.normalize_target, self.loss_kind)
-        losses = model.clip_losses(batch["video"], visible, hidden, *how, keys, layout)
-        return Terms((batch["weight"] * losses).sum(), batch["weight"].sum(), {})
+        losses = model.token_losses(batch["video"], visible, places, *how, keys, layout)
+        counts = batch["weight"][:, None] * counts
+        return Terms((counts * losses).sum(), counts.sum(), {})
 
     def pooled(self, params: dict, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B D"]:
         """Mean of all tokens of whole clips: what k-NN looks at."""
@@ -90,11 +112,18 @@ class Pretrain(Task[VideoMAEConfig]):
         """Floating-point operations of a clip's forward and backward pass; see `vit.block_flops`."""
         c, decoder = self.model, self.model.decoder
         assert decoder is not None
-        visible, hidden = masking.counts(self.mask, c.grid, self.mask_ratio)
+        visible, hidden = self._counts()
         voxels, width = math.prod(c.tubelet) * c.channels, c.encoder.width
         forward = 2 * visible * width * (voxels + decoder.width) + 2 * hidden * decoder.width * voxels
         forward += vit.block_flops(c.encoder, visible) + vit.block_flops(decoder, visible + hidden)
         return 3.0 * forward
+
+    def _counts(self) -> tuple[int, int]:
+        """How many tokens the encoder sees, and at how many places the decoder predicts."""
+        visible, hidden = masking.counts(self.mask, self.model.grid, self.mask_ratio)
+        if self.decoder_mask == "none":
+            return visible, hidden
+        return visible, masking.running_cell_count(self.model.grid, self.decoder_ratio)
 
     @property
     def clip_transform(self) -> pipeline.PretrainClip:
@@ -111,16 +140,18 @@ class Pretrain(Task[VideoMAEConfig]):
             "loss": self.loss_kind,
             "stride": self.stride,
         }
+        if self.decoder_mask != "none":
+            recipe |= {"decoder_mask": self.decoder_mask, "decoder_ratio": self.decoder_ratio}
         return export.metadata(VideoMAE, self.model, recipe)
 
     def describe(self) -> str:
         """The model in half a line."""
-        encoder, decoder, grid = self.model.encoder, self.model.decoder, self.model.grid
+        encoder, decoder = self.model.encoder, self.model.decoder
         assert decoder is not None
-        visible, hidden = masking.counts(self.mask, grid, self.mask_ratio)
+        visible, decoded = self._counts()
         return (
             f"encoder {encoder.width}x{encoder.depth}, decoder {decoder.width}x{decoder.depth}, "
-            f"{visible} visible and {hidden} hidden tubelets, {self.model.compute.dtype}"
+            f"{visible} visible and {decoded} predicted tubelets, {self.model.compute.dtype}"
         )
 
     def validator(self, run: Run) -> Validate:
@@ -189,8 +220,13 @@ def make(config: Config, _train: Source | None, _weights: str) -> Pretrain:
         loss_kind=config.loss.kind,
         stride=config.data.stride,
         clips_per_video=config.data.clips_per_video,
+        decoder_mask=config.mask.decoder,
+        decoder_ratio=config.mask.decoder_ratio,
     )
-    masking.counts(task.mask, task.model.grid, task.mask_ratio)
+    if task.decoder_mask not in masking.DECODER_KINDS:
+        known = " or ".join(masking.DECODER_KINDS)
+        raise UserError(f"mask.decoder={task.decoder_mask!r} is unknown: use {known}")
+    task._counts()  # refuses what does not fit the grid
     if task.loss_kind not in tubelets.LOSSES:
         raise UserError(f"loss.kind={task.loss_kind!r} is unknown: use {', '.join(tubelets.LOSSES)}")
     if config.log.statistics not in reconstruction.STATISTICS:

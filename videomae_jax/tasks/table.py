@@ -7,11 +7,17 @@ from videomae_jax import hosts
 from videomae_jax.config import Config, UserError
 from videomae_jax.data.sources import Source
 from videomae_jax.storage import Place
-from videomae_jax.tasks import backbone, finetune, pretrain, probe
+from videomae_jax.tasks import backbone, contrast, distill, finetune, latent, pretrain, probe
 from videomae_jax.training import compute, loop
 from videomae_jax.training.task import Make, Task
 
-METHODS: dict[str, Make] = {"pretrain": pretrain.make, "finetune": finetune.make}
+METHODS: dict[str, Make] = {
+    "pretrain": pretrain.make,
+    "latent": latent.make,
+    "contrast": contrast.make,
+    "finetune": finetune.make,
+    "distill": distill.make,
+}
 """Those that train a model step by step."""
 
 

@@ -25,9 +25,11 @@ class Checkpoints:
     Args:
         keep_last: how many of the newest to keep.
         keep_every: keep those of every so many steps for ever; 0: none.
+        exported: parts of the parameters that are `params`, the others stand in `optimizer`; (): all.
     """
 
-    def __init__(self, workdir: Place, keep_last: int, keep_every: int):
+    def __init__(self, workdir: Place, keep_last: int, keep_every: int, exported: tuple[str, ...] = ()):
+        self._exported = exported
         self.folder = storage.at(workdir) / "checkpoints"
         policies: list[Any] = [checkpoint_managers.LatestN(keep_last)]
         if keep_every:
@@ -56,8 +58,8 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
-                    optimizer=ocp.args.StandardSave(_beside_params(state)),
+                    params=ocp.args.StandardSave(self._divided(state)[0]),
+                    optimizer=ocp.args.StandardSave(self._divided(state)[1]),
                     meta=ocp.args.JsonSave(meta),
                 ),
             )
@@ -92,12 +94,24 @@ class Checkpoints:
         restored = self._manager.restore(
             self.latest_step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(shapes.params),
-                optimizer=ocp.args.StandardRestore(_beside_params(shapes)),
+                params=ocp.args.StandardRestore(self._divided(shapes)[0]),
+                optimizer=ocp.args.StandardRestore(self._divided(shapes)[1]),
                 meta=ocp.args.JsonRestore(),
             ),
         )
-        return TrainState(params=restored["params"], **restored["optimizer"]), restored["meta"]
+        rest = restored["optimizer"]
+        params = restored["params"] | rest.pop("other_params", {})
+        return TrainState(params=params, **rest), restored["meta"]
+
+    def _divided(self, state: TrainState) -> tuple[Any, dict[str, Any]]:
+        """The items `params` and `optimizer` of a state."""
+        rest = {name: tree for name, tree in state._asdict().items() if name != "params" and tree is not None}
+        if not self._exported:
+            return state.params, rest
+        parts: tuple[dict, dict] = ({}, {})
+        for name, tree in state.params.items():
+            parts[name not in self._exported][name] = tree
+        return parts[0], rest | {"other_params": parts[1]}
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -150,9 +164,3 @@ class Best:
             storage.remove_tree(self.folder)
             new.rename(self.folder)
         hosts.wait("best, after")
-
-
-def _beside_params(state: TrainState) -> dict[str, Any]:
-    fields = state._asdict()
-    names = ("step", "opt_state", "ema", "others")
-    return {name: fields[name] for name in names if fields[name] is not None}

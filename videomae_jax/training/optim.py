@@ -86,15 +86,17 @@ def adamw(
     weight_decay: float,
     clip_norm: float,
     rate_factors: Callable[[Any], Any] = lambda _params: None,
+    decays: Callable[[Any], Any] = decay_mask,
 ) -> Optimizer:
     """Decoupled AdamW without the learning rate, which the train step applies.
 
     Args:
         clip_norm: limit on the global gradient norm before Adam; 0 does not clip.
         rate_factors: (parameters) -> factor of each leaf's learning rate; None: 1 for all.
+        decays: (parameters) -> whether each leaf decays.
     """
     parts = [optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()]
-    parts += [optax.scale_by_adam(*betas, eps=epsilon), optax.add_decayed_weights(weight_decay, decay_mask)]
+    parts += [optax.scale_by_adam(*betas, eps=epsilon), optax.add_decayed_weights(weight_decay, decays)]
 
     def scaled(updates: Any, _params: Any) -> Any:
         factors = rate_factors(updates)

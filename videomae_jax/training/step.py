@@ -46,7 +46,7 @@ TermsFn = Callable[[Any, Any, Batch, jax.Array, Int[Array, ""], Layout], Terms]
 """(params, others, this device's rows, root key, step, layout) -> the terms of these rows."""
 
 
-_STREAMS = ("mask", "drop_path", "mix", "erase", "dropout", "init")
+_STREAMS = ("mask", "drop_path", "mix", "erase", "dropout", "init", "decoder_mask", "view")
 
 
 def stream(root: Key[Array, ""], name: str) -> Key[Array, ""]:

@@ -15,6 +15,7 @@ from videomae_jax.data.sources import Source
 from videomae_jax.models.layout import Layout
 from videomae_jax.models.vit import AnyConfig
 from videomae_jax.storage import Place
+from videomae_jax.training import optim
 from videomae_jax.training.splits import Splits
 from videomae_jax.training.step import Batch, Terms, TrainState
 
@@ -40,12 +41,14 @@ class Task(abc.ABC, Generic[AnyConfig]):
         model: sizes and arithmetic of the model that is trained.
         clips_per_video: clips that the loader makes of each video.
         needs_labels: whether training and validation read labels.
+        exported: parts of the parameters that make the model that others load; (): all of them.
         last_phase: what `finish` does, in the seconds of summary.json.
     """
 
     model: AnyConfig
     clips_per_video: int
     needs_labels: ClassVar[bool] = False
+    exported: ClassVar[tuple[str, ...]] = ()
     last_phase: ClassVar[str] = "end"
 
     @abc.abstractmethod
@@ -92,6 +95,14 @@ class Task(abc.ABC, Generic[AnyConfig]):
     def rate_factors(self, params: Any) -> Any:
         """Factor of each leaf's learning rate; None: 1 for all."""
         return None
+
+    def decays(self, params: Any) -> Any:
+        """Whether weight decay applies to each leaf."""
+        return optim.decay_mask(params)
+
+    def warning(self, values: dict[str, float]) -> str:
+        """What a user should hear of the metrics of a step, once; "": nothing."""
+        return ""
 
     def check_batch(self, config: Config, parts: int) -> None:
         """Refuses a batch that the method cannot work with; `parts` are devices times microbatches.

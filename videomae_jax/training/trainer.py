@@ -24,9 +24,20 @@ def recipe(config: Config, task: Task) -> step.Recipe:
     """What a fresh state is made from."""
     settings = config.optim
     tx = optim.adamw(
-        settings.betas, settings.epsilon, settings.weight_decay, settings.clip_norm, task.rate_factors
+        settings.betas,
+        settings.epsilon,
+        settings.weight_decay,
+        settings.clip_norm,
+        task.rate_factors,
+        task.decays,
     )
     return step.Recipe(task.init, tx, task.others, settings.ema > 0)
+
+
+def names_of(state: step.TrainState) -> list[str]:
+    """Names of all parameters and others: "params/encoder/embed/kernel", ..."""
+    trees = {"params": state.params, "others": state.others}
+    return [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trees)]
 
 
 def host_batch_bytes(run: Run, task: Task) -> int:
@@ -47,12 +58,13 @@ class Trainer:
         self.config, self.schedule = run.config, run.schedule
         self.bad = feed.BadVideos(run.videos.train, self.config.data.max_bad_fraction)
         self.validation = Validation(run, task)
+        self.has_warned = False
         self.watchdog = hosts.Watchdog(self.config.mesh.step_limit)
 
     def train(self, interrupt: hosts.Interrupt) -> tuple[step.TrainState, dict[str, Any], bool]:
         """Restores or initialises, then steps; returns the state, figures, and whether training is over."""
         workdir, keep_last = self.run.workdir, self.config.checkpoint.keep_last
-        keeping = checkpoint.Checkpoints(workdir, keep_last, self.schedule.keep_steps)
+        keeping = checkpoint.Checkpoints(workdir, keep_last, self.schedule.keep_steps, self.task.exported)
         growing = storage.Growing(workdir, ("log.jsonl", Guard.NAME))
         with self.watchdog, keeping as self.checkpoints, growing as self.files:
             state, shardings = self._first_state()
@@ -80,9 +92,8 @@ class Trainer:
         fresh = recipe(self.config, self.task)
         if self.checkpoints.latest_step is None:
             state, shardings = step.init_state(fresh, self.run.mesh, self.config.seed)
-            trees = {"params": state.params, "others": state.others}
-            names = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trees)]
-            return step.start_from(state, shardings, self.task.start(self.config, names), fresh), shardings
+            values = self.task.start(self.config, names_of(state))
+            return step.start_from(state, shardings, values, fresh), shardings
         abstract, shardings = step.abstract_state(fresh, self.run.mesh)
         state, meta = self.checkpoints.restore(abstract, shardings)
         self.bad.reasons.update(meta["bad_videos"])
@@ -191,6 +202,9 @@ class Trainer:
         if values["clips"] < self.config.data.batch_size:  # some host had a bad video: all look, at once
             for failed in hosts.gather(feed.failed(host_fields)):
                 self.bad.count(failed)
+        if (text := self.task.warning(values)) and not self.has_warned:
+            self.has_warned = True
+            report.say(f"{text}; step {number + 1}")
         self.log.step(number + 1, values, validated)
 
     def _save(self, state: step.TrainState) -> None:

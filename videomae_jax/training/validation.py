@@ -36,7 +36,9 @@ class Validation:
         started = time.perf_counter()
         found = self._validate(params, int(state.step))
         if self._task.best_by:
-            self.best.look(int(state.step), found, params, self._task.metadata())
+            parts = self._task.exported or tuple(params)
+            kept = {name: params[name] for name in parts}
+            self.best.look(int(state.step), found, kept, self._task.metadata())
         log.exclude(time.perf_counter() - started)
         return found
 
