@@ -1,6 +1,7 @@
 """Imports go one way; data never sees JAX, models never see files or settings."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 import videomae_jax
+from videomae_jax.keys import TASKS
 
 PACKAGE = ROOT / "videomae_jax"
 # Folder or module -> what of the package it may import (docs/architecture.md draws the same).
@@ -78,6 +80,19 @@ def test_the_table_is_complete_and_goes_one_way():
     order = list(MAY)
     for name, allowed in MAY.items():
         assert all(order.index(other) <= order.index(name) for other in allowed)
+
+
+def test_no_method_imports_another_and_the_machinery_knows_none():
+    methods = set(TASKS)
+    for path in files():
+        names = {name for name in imported(path) if name.startswith("videomae_jax.tasks.")}
+        used = {name.split(".")[2] for name in names} & methods
+        if part(path) == "training":
+            text = path.read_text()
+            assert not re.search(r"config\.task ==|isinstance\(.*[tT]ask", text), path
+            assert not used, path
+        elif part(path) == "tasks" and path.stem in methods:
+            assert not used, path
 
 
 def test_only_the_stable_part_of_nnx_is_used():

@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import json
+import re
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT as ROOT_FOLDER
 from conftest import load_config, mesh_of, task_of
 from flax import nnx
 
@@ -17,7 +20,7 @@ from videomae_jax import keys, sharding
 from videomae_jax.data import pipeline
 from videomae_jax.models import vit
 from videomae_jax.tasks import table
-from videomae_jax.training import checkpoint, optim, splits, step, trainer
+from videomae_jax.training import checkpoint, compute, loop, optim, splits, step, trainer
 
 NAMES = sorted(table.METHODS)
 ROOT = jax.random.key(7)
@@ -205,3 +208,20 @@ def test_a_run_says_and_leaves_what_every_run_does(name, shapes, teachers, tmp_p
     probe.optim.update(duration=1, warmup=0)
     probe.init_from = str(tmp_path)
     assert table.train(probe, tmp_path / "finetuned", time.time())["step"] == 1
+
+
+def test_the_method_that_the_docs_show_trains(shapes, tmp_path):
+    """docs/architecture.md, "How to add a method": run as it stands there."""
+    text = (ROOT_FOLDER / "docs" / "architecture.md").read_text()
+    (source,) = re.findall(r"```python\n(.*?)```", text[text.index("## How to add a method") :], re.DOTALL)
+    shown: dict = {}
+    exec(source, shown)
+    config = load_config("debug", f"data={shapes}")
+    config.optim.duration, config.checkpoint.every, config.evaluate.every = 12, 6, 12
+    config = compute.on_this_machine(settings.checked(config))
+    summary = loop.run(config, tmp_path, time.time(), shown["make"])
+    assert summary["step"] == 12
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert "knn_top1" in lines[-1]
+    assert set(nnx.to_pure_dict(nnx.state(vm.load(tmp_path), nnx.Param))) == {"encoder"}
