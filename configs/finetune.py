@@ -108,7 +108,7 @@ def get_config(arg: str | None = None):
         _tiny(c, arg.data)
     elif arg.size not in vit.SIZES:
         raise config.UserError(f"size={arg.size} is unknown: use {', '.join(vit.SIZES)}")
-    elif arg.recipe == "v2" or arg.size == "giant":
+    elif arg.recipe == "v2" or arg.size == "giant" or arg.start:
         _published_v2(c, arg.size, arg.data, arg.start)
     elif arg.recipe == "v1":
         _published(c, arg.size, arg.data)

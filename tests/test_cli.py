@@ -85,7 +85,10 @@ def use(monkeypatch, capsys):
         (["train", "--workdir=W", f"{DEBUG}:task=dance"], "task='dance' is unknown: use pretrain"),
         (["train", "--workdir=W", f"{DEBUG}:task=finetune", "--config.init_from=X"], "X holds no model"),
         (["train", "--workdir=W", f"{DEBUG}:task=probe"], "a probe needs trained weights: set --config.init"),
-        (["train", "--workdir=W", DEBUG, "--config.augment.mixup=0.5"], "only finetune would read it"),
+        (
+            ["train", "--workdir=W", DEBUG, "--config.augment.mixup=0.5"],
+            "only finetune and distill would read it",
+        ),
         (["prepare", "a"], "prepare takes SRC DST, not a"),
         (["prepare", "/nowhere", "D"], "/nowhere does not exist: pass a folder of videos"),
         (["prepare", "SHAPES", "D", "--codec=vp9"], "--codec=vp9 is unknown: use h264_intra"),

@@ -6,9 +6,14 @@ import math
 import jax
 import pytest
 from conftest import ROOT, load_config, task_of
+from flax import nnx
 
+import videomae_jax as vm
 from videomae_jax import config as settings
+from videomae_jax.models import vit
+from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.layout import WHOLE
+from videomae_jax.models.mae import VideoMAEConfig
 from videomae_jax.tasks import table
 from videomae_jax.training import compute
 
@@ -88,6 +93,10 @@ PRETRAINING_V2 = {
 }
 
 
+def decoder_of(c):
+    return [c.model.decoder[name] for name in ("width", "depth", "num_heads", "mlp_dim")]
+
+
 @pytest.mark.parametrize("size", PRETRAINING_V2)
 def test_published_v2_pretraining(size):
     batch, lr, min_lr, warmup, epochs, clip_norm, decoder, predicted = PRETRAINING_V2[size]
@@ -95,7 +104,7 @@ def test_published_v2_pretraining(size):
     plan = settings.make_schedule(c, num_videos=1_348_000)
     assert (c.data.batch_size, c.optim.warmup, c.optim.duration) == (batch, warmup, epochs)
     assert (plan.peak_lr, plan.end_lr) == pytest.approx((lr, min_lr))
-    assert (c.optim.clip_norm, tuple(c.model.decoder.values())) == (clip_norm, decoder)
+    assert (c.optim.clip_norm, tuple(decoder_of(c))) == (clip_norm, decoder)
     assert (c.mask.kind, c.mask.ratio, c.mask.decoder, c.data.clips_per_video) == (
         "tube",
         0.9,
@@ -149,13 +158,18 @@ def test_a_path_takes_the_kinetics_recipe():
         ("finetune", "size=tiny,data=moving_shapes"),
         ("finetune", "size=base,data=/my/videos,preset=small_data"),
         ("debug", "task=finetune"),
+        ("moco", "size=base,data=k400"),
+        ("moco", "size=tiny,data=moving_shapes"),
         *(("pretrain_v2", f"size={size}") for size in PRETRAINING_V2),
         *(("finetune", f"recipe=v2,size={size},data={data}") for size, data in FINETUNING_V2),
         ("finetune", "size=giant,data=k600,start=k710"),
     ],
 )
 def test_every_config_is_locked_and_its_step_traces(name, arg):
-    c = load_config(name, arg)
+    assert_locked_and_traced(load_config(name, arg))
+
+
+def assert_locked_and_traced(c):
     with pytest.raises(AttributeError, match='Did you mean "lr"'):
         c.optim.lrr = 1.0
     assert set(settings.flatten(c)) == set(settings.flatten(settings.defaults()))
@@ -178,6 +192,35 @@ def test_every_config_is_locked_and_its_step_traces(name, arg):
     assert (transform.frames, transform.size) == (frames, (height, width))
 
 
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """(name, size) of a config -> an export that it may learn from: tiny models of its clips."""
+    folder = tmp_path_factory.mktemp("teachers")
+    tiny = {"pixel_mean": (0.5,) * 3, "pixel_std": (0.25,) * 3, "encoder": vit.Stack(16, 1, 2, 32)}
+    for size, clip_size, patch in (("tiny", (8, 48, 48), 8), ("base", (16, 224, 224), 16)):
+        fields = tiny | {"clip_size": clip_size, "tubelet": (2, patch, patch)}
+        encoder = VideoMAEConfig(**fields, decoder=None)
+        vm.save(vm.VideoMAE(encoder, rngs=nnx.Rngs(0)), folder / f"latent_{size}")
+        classifier = ClassifierConfig(**fields, classes=("a", "b"))
+        vm.save(vm.VideoClassifier(classifier, rngs=nnx.Rngs(0)), folder / f"distill_{size}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "arg"),
+    [
+        ("latent", "size=tiny"),
+        ("latent", "size=base"),
+        ("latent", "size=base,recipe=mvd"),
+        ("distill", "size=tiny"),
+        ("distill", "size=base"),
+    ],
+)
+def test_every_config_with_a_teacher_is_locked_and_its_step_traces(name, arg, teachers):
+    size = arg.split(",")[0].removeprefix("size=")
+    assert_locked_and_traced(load_config(name, f"{arg},data=d,teacher={teachers / f'{name}_{size}'}"))
+
+
 @pytest.mark.parametrize("kind", ["knn", "linear", "attentive"])
 def test_probe_configs(kind):
     for arg in (f"kind={kind}", f"kind={kind},size=tiny,data=moving_shapes"):
@@ -188,7 +231,7 @@ def test_probe_configs(kind):
 
 def test_every_config_file_is_tested():
     assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {
-        *("pretrain", "finetune", "probe", "small", "debug"),
+        *("pretrain", "pretrain_v2", "latent", "moco", "finetune", "distill", "probe", "small", "debug"),
     }
 
 

@@ -29,7 +29,7 @@ MAY = {
         "storage",
     },
     "tasks": {
-        *("tasks", "training", "apps", "config", "data", "evaluation", "hosts", "interop", "models"),
+        *("keys", "tasks", "training", "apps", "config", "data", "evaluation", "hosts", "interop", "models"),
         *("sharding", "storage"),
     },
     "cli": {

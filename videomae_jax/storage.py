@@ -58,6 +58,11 @@ def output(place: Place, writer: str = "") -> Iterator[pathlib.Path]:
         try:
             yield partial
             partial.replace(place)
+        except OSError as error:
+            if error.filename:
+                raise
+            text = f"cannot be written ({error.strerror}): free some space, or choose another place"
+            raise OSError(error.errno, text, str(place)) from error
         finally:
             partial.unlink(missing_ok=True)
         return
