@@ -28,6 +28,12 @@ class ClipTransform(Protocol):
     @property
     def clips_per_video(self) -> int: ...
 
+    @property
+    def frames(self) -> int: ...
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class PretrainClip(grain.transforms.RandomMap):

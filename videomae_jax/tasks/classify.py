@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -95,9 +96,10 @@ class Classify(Task[ClassifierConfig]):
         found: dict[str, Any] = flatten_dict(taken.params, sep="/")
         return {f"params/{name}": value for name, value in found.items()}
 
-    def rate_factors(self, params: Any) -> Any:
+    @property
+    def rate_factors(self) -> Callable[[Any], Any]:
         """Layer-wise decay, and 0 for what is frozen."""
-        return optim.layer_scales(params, self.layers)
+        return functools.partial(optim.layer_scales, layers=self.layers)
 
     def check_batch(self, config: Config, parts: int) -> None:
         """Mixup pairs the clips of a microbatch."""

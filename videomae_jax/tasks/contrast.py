@@ -8,6 +8,7 @@ tokens as the representation are ours.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -90,11 +91,10 @@ class Contrast(Task[VideoMAEConfig]):
         ours = {name: params[name] for name in others}
         return jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, others, ours)
 
-    def rate_factors(self, params: dict) -> dict:
+    @property
+    def rate_factors(self) -> Callable[[Any], Any]:
         """The embedding stays as it began, which keeps training stable."""
-        factors = jax.tree.map(lambda _: 1.0, params)
-        factors["encoder"]["embed"] = {"kernel": 0.0, "bias": 0.0}
-        return factors
+        return _all_but_the_embedding
 
     def decays(self, params: dict) -> Any:
         """Weight decay for all parameters, biases and norms too."""
@@ -230,6 +230,12 @@ class Contrast(Task[VideoMAEConfig]):
         return (
             f"encoder {encoder.width}x{encoder.depth}, {tokens} tubelets, {heads}, {self.model.compute.dtype}"
         )
+
+
+def _all_but_the_embedding(params: dict) -> dict:
+    factors = jax.tree.map(lambda _: 1.0, params)
+    factors["encoder"]["embed"] = {"kernel": 0.0, "bias": 0.0}
+    return factors
 
 
 def _augmented(way: views.View, clip_and_key: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -111,7 +111,7 @@ class Checkpoints:
         parts: tuple[dict, dict] = ({}, {})
         for name, tree in state.params.items():
             parts[name not in self._exported][name] = tree
-        return parts[0], rest | {"other_params": parts[1]}
+        return parts[0], rest | ({"other_params": parts[1]} if parts[1] else {})
 
     def __enter__(self) -> "Checkpoints":
         return self

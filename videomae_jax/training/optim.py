@@ -85,7 +85,7 @@ def adamw(
     epsilon: float,
     weight_decay: float,
     clip_norm: float,
-    rate_factors: Callable[[Any], Any] = lambda _params: None,
+    rate_factors: Callable[[Any], Any] | None = None,
     decays: Callable[[Any], Any] = decay_mask,
 ) -> Optimizer:
     """Decoupled AdamW without the learning rate, which the train step applies.
@@ -97,12 +97,10 @@ def adamw(
     """
     parts = [optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()]
     parts += [optax.scale_by_adam(*betas, eps=epsilon), optax.add_decayed_weights(weight_decay, decays)]
-
-    def scaled(updates: Any, _params: Any) -> Any:
-        factors = rate_factors(updates)
-        return updates if factors is None else jax.tree.map(jnp.multiply, updates, factors)
-
-    parts.append(optax.stateless(scaled))
+    if rate_factors:
+        parts.append(
+            optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, rate_factors(updates)))
+        )
     return optax.chain(*parts)
 
 

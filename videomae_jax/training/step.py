@@ -127,7 +127,8 @@ def start_from(
 
     if not values:
         return state
-    state = jax.jit(recipe.around, out_shardings=shardings)(replaced(state.params, "params"))
+    around = jax.jit(recipe.around, out_shardings=shardings, donate_argnums=0)
+    state = around(replaced(state.params, "params"))
     return state._replace(others=replaced(state.others, "others"))
 
 

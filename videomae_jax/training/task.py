@@ -92,8 +92,9 @@ class Task(abc.ABC, Generic[AnyConfig]):
         """The trees beside the parameters after an update; `progress` is the share of all steps done."""
         return others
 
-    def rate_factors(self, params: Any) -> Any:
-        """Factor of each leaf's learning rate; None: 1 for all."""
+    @property
+    def rate_factors(self) -> Callable[[Any], Any] | None:
+        """(parameters) -> factor of each leaf's learning rate; None: 1 for all."""
         return None
 
     def decays(self, params: Any) -> Any:

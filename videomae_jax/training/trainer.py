@@ -42,8 +42,8 @@ def names_of(state: step.TrainState) -> list[str]:
 
 def host_batch_bytes(run: Run, task: Task) -> int:
     """Bytes of the clips of one batch that one host makes."""
-    data, channels = run.config.data, task.model.channels
-    return data.batch_size // jax.process_count() * data.frames * math.prod(data.size) * channels
+    clip, rows = task.clip_transform, run.config.data.batch_size // jax.process_count()
+    return rows * clip.frames * math.prod(clip.size) * task.model.channels
 
 
 class Trainer:
