@@ -76,6 +76,7 @@ print(json.dumps({**counts, "slowest": slowest, "rss": rss, "open_files": open_f
 """
 
 
+@pytest.mark.slow
 def test_two_thousand_damaged_files(tmp_path):
     rng = np.random.default_rng(0)
     moving = np.repeat(np.repeat(rng.integers(0, 256, (12, 4, 6, 3), dtype=np.uint8), 8, 1), 8, 2)

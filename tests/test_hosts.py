@@ -267,6 +267,7 @@ def hold(path) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder(tmp_path, debug_config):
     """The second is refused and names the first; one that was killed is taken over at once."""
     from videomae_jax.tasks import table

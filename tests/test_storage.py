@@ -70,6 +70,7 @@ def finetuned(shapes, endpoint, tmp_path_factory):
     return local, url
 
 
+@pytest.mark.slow
 def test_a_run_in_a_store_is_the_run_on_a_disk(finetuned, bucket):
     local, url = finetuned
     for part in ("", "best"):
@@ -88,6 +89,7 @@ def test_a_run_in_a_store_is_the_run_on_a_disk(finetuned, bucket):
     assert not list(bucket.rglob(f"*{storage.PARTIAL}*"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_its_marker_is_not_there(finetuned, bucket):
     shutil.copytree(bucket / "runs/run", bucket / "runs/cut", dirs_exist_ok=True)
     steps = sorted(int(path.name) for path in (bucket / "runs/cut/checkpoints").iterdir())
@@ -99,6 +101,7 @@ def test_a_checkpoint_without_its_marker_is_not_there(finetuned, bucket):
     shutil.rmtree(bucket / "runs/cut")
 
 
+@pytest.mark.slow
 def test_evaluate_embed_predict_reconstruct_and_convert(finetuned, bucket, shapes, tmp_path):
     local, url = finetuned
     c = load_config("debug", f"data={shapes},task=finetune")
@@ -131,6 +134,7 @@ def test_evaluate_embed_predict_reconstruct_and_convert(finetuned, bucket, shape
     }
 
 
+@pytest.mark.slow
 def test_pretraining_writes_its_pictures_and_a_probe_its_figures(endpoint, bucket, debug_config, shapes):
     debug_config.optim.update(duration=3, warmup=1)
     assert run(debug_config, "gs://bucket/runs/pretrained")["reconstruction"]
@@ -224,6 +228,7 @@ def test_a_lock_in_a_store(bucket, monkeypatch):
     assert json.loads(path.read_text())["host"] == "elsewhere"
 
 
+@pytest.mark.slow
 def test_a_store_that_cannot_be_written_is_refused_before_any_work(bucket, monkeypatch, finetuned, shapes):
     def refuse(*_args, **_kwargs):
         raise PermissionError("anonymous caller")

@@ -110,7 +110,7 @@ def test_the_backbone_is_the_pretrained_one(pretrained, shapes, tmp_path, capsys
     assert "encoder/norm" in output
 
 
-@pytest.mark.parametrize("stop_after", [3, 7, 10])
+@pytest.mark.parametrize("stop_after", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 10))])
 def test_killed_and_resumed(undisturbed, shapes, pretrained, tmp_path, monkeypatch, stop_after):
     """Cut off before, between and after checkpoints and validations; weights, average, log and best agree."""
     workdir, summary = undisturbed
@@ -138,6 +138,7 @@ def test_killed_and_resumed(undisturbed, shapes, pretrained, tmp_path, monkeypat
     assert (again["best"], again["test"]) == (summary["best"], summary["test"])
 
 
+@pytest.mark.slow
 def test_the_average_of_the_weights(shapes, tmp_path):
     """ema = decay * ema + (1 - decay) * params after every step, checked by its own definition."""
     config = finetune_config(shapes, ema=0.5)
@@ -168,6 +169,7 @@ def test_the_average_of_the_weights(shapes, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "best"), states[-1][1])
 
 
+@pytest.mark.slow
 def test_frozen_blocks_do_not_move(shapes, tmp_path, pretrained):
     c = finetune_config(shapes, freeze_blocks=1)
     c.optim.duration, c.init_from = 5, str(pretrained)
@@ -190,6 +192,7 @@ def break_weights(monkeypatch, is_bad):
     monkeypatch.setattr(testing.Evaluator, "run", run)
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_never_the_best(shapes, tmp_path, capsys, monkeypatch):
     break_weights(monkeypatch, lambda number: number in (0, 4))  # of 3 validations, best, last
     with pytest.raises(
@@ -205,6 +208,7 @@ def test_weights_that_are_not_finite_are_never_the_best(shapes, tmp_path, capsys
     assert np.isfinite(params_of(tmp_path / "best")["head"]["kernel"]).all()
 
 
+@pytest.mark.slow
 def test_a_run_without_any_finite_validation_ends_with_an_error(shapes, tmp_path, monkeypatch):
     break_weights(monkeypatch, lambda _number: True)
     with pytest.raises(settings.UserError, match="its validation was never finite"):
@@ -229,6 +233,7 @@ def test_early_stopping(shapes, tmp_path, monkeypatch):
     assert run(c, tmp_path)["step"] == 8
 
 
+@pytest.mark.slow
 def test_a_warning_when_nothing_is_learnt(shapes, tmp_path, capsys, monkeypatch):
     """Once, and not before the warm-up is over."""
     monkeypatch.setattr(classification, "is_at_chance", lambda *_: True)
@@ -246,6 +251,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr(compute, "make_mesh", lambda _config: mesh_of(1))
 
 
+@pytest.mark.slow
 def test_eight_clips_can_be_learnt_by_heart(shapes, tmp_path, one_device):
     c = finetune_config(shapes)
     c.debug.overfit = 8
@@ -254,6 +260,7 @@ def test_eight_clips_can_be_learnt_by_heart(shapes, tmp_path, one_device):
     assert summary["step"] == 300
 
 
+@pytest.mark.slow
 def test_what_cannot_be_learnt_by_heart_is_an_error(shapes, tmp_path, one_device):
     c = finetune_config(shapes, lr=1e-30)
     c.debug.overfit = 8
@@ -281,7 +288,9 @@ def outputs_by_host(task, params, source, views, config, hosts):
     return np.concatenate([part.records for part in parts])[order], values, parts
 
 
-@pytest.mark.parametrize(("videos", "batch"), [(13, 4), (8, 8), (3, 4)])
+@pytest.mark.parametrize(
+    ("videos", "batch"), [(3, 4), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((13, 4), (8, 8)))]
+)
 def test_every_video_counts_once_for_any_hosts_and_remainder(shapes, videos, batch, monkeypatch):
     monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda _sharding, rows: jnp.asarray(rows))
     c = finetune_config(shapes)
@@ -298,6 +307,7 @@ def test_every_video_counts_once_for_any_hosts_and_remainder(shapes, videos, bat
         np.testing.assert_allclose(values, np.stack(expected), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_large_batch(shapes):
     """With mixup, CutMix, erasing, drop path and dropout on; on one device and on four."""
     c = finetune_config(shapes)
@@ -348,6 +358,7 @@ def test_mixing_differs_from_step_to_step_and_not_from_layout_to_layout(shapes):
     assert np.abs(first - later).max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["multilabel", "regression"])
 def test_other_heads(tmp_path, head):
     """From a list to metrics: what a clip's brightness is."""

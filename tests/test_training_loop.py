@@ -131,6 +131,7 @@ def test_kill_at_several_steps_and_resume(start, undisturbed, tmp_path):
     assert_same_run(workdir, undisturbed)
 
 
+@pytest.mark.slow
 def test_kill_while_a_checkpoint_is_written(start, undisturbed, tmp_path):
     workdir = tmp_path / "killed"
     process = start(workdir)
@@ -166,6 +167,7 @@ def test_sigterm_saves_and_ends_with_status_0(start, undisturbed, tmp_path):
     assert_same_run(workdir, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(start, undisturbed, tmp_path):
     workdir = tmp_path / "full"
     process = start(workdir)

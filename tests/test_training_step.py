@@ -69,6 +69,7 @@ def test_masks_follow_the_example_not_its_row():
     assert not (visible == other).all()
 
 
+@pytest.mark.slow
 def test_a_clip_of_weight_zero_is_as_if_absent():
     rows = {name: jnp.asarray(value) for name, value in batch_of(8).items()}
     weight = np.ones(8, np.float32)
