@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import shutil
 import tempfile
 
 import jax
@@ -25,11 +26,20 @@ from videomae_jax.training import compute
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 jax.config.update("jax_num_cpu_devices", 8)
 # What one test compiled another need not, in whatever process; of this run of the tests only.
-_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-COMPILED = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/compiled-{_RUN}")
+_IS_OURS = "JAX_COMPILATION_CACHE_DIR" not in os.environ  # not so in workers, which inherit it
+COMPILED = os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/compiled-{os.getpid()}"
+)
 jax.config.update("jax_compilation_cache_dir", COMPILED)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 flags.FLAGS.mark_as_parsed()
+
+
+def pytest_sessionfinish():
+    """Removes what was compiled."""
+    if _IS_OURS:
+        shutil.rmtree(COMPILED, ignore_errors=True)
+
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIXTURES = pathlib.Path(os.environ.get("VIDEOMAE_JAX_FIXTURES", ROOT.parent / "shared"))

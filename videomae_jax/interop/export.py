@@ -17,6 +17,7 @@ from absl import logging
 from flax import nnx
 
 from videomae_jax import storage
+from videomae_jax.models import functional
 from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
 from videomae_jax.storage import Place
@@ -166,12 +167,9 @@ def load(path: str | os.PathLike) -> Model:
     elif compute.attention == "blocks" and backend != "cpu":
         compute = dataclasses.replace(compute, attention="xla")
     config = dataclasses.replace(config, compute=compute)
-    abstract = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
+    graphdef, abstract = functional.abstract(kind, config)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), nnx.to_pure_dict(state)
-    )
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), abstract)
     with ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(find(path) / "params", shapes)
     return nnx.merge(graphdef, params)

@@ -21,6 +21,7 @@ from videomae_jax.interop import export, hugging_face, torch_file, torch_weights
 from videomae_jax.interop.export import ExportError, Model, ModelConfig
 from videomae_jax.interop.torch_file import TorchFileError
 from videomae_jax.interop.torch_weights import WeightsError
+from videomae_jax.models import functional
 from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
 from videomae_jax.models.mae import VideoMAE
 from videomae_jax.storage import Place
@@ -92,9 +93,9 @@ def read(path: str | os.PathLike, hints: Hints, position_resize: str = "recomput
     except ValueError as error:
         raise ExportError(str(error)) from None
     kind: Any = VideoClassifier if isinstance(config, ClassifierConfig) else VideoMAE
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
-    leaves: dict[tuple[str, ...], Any] = flatten_dict(nnx.to_pure_dict(state))  # pyright: ignore
-    shapes = {"/".join(key): leaf.shape for key, leaf in leaves.items()}
+    graphdef, abstract = functional.abstract(kind, config)
+    leaves: dict[str, Any] = flatten_dict(abstract, sep="/")
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
     try:
         params = torch_weights.to_ours(tensors, config, layout, shapes)
     except WeightsError as error:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 
-from videomae_jax.models import attention, tubelets, vit
+from videomae_jax.models import attention, functional, tubelets, vit
 from videomae_jax.models.layout import WHOLE, Layout
 
 POOLING = ("mean", "first")
@@ -133,12 +133,12 @@ class VideoClassifier(nnx.Module):
             ValueError: another dtype or channel count, or a size that the tubelet does not divide.
         """
         tubelets.check_video(video, self.config.channels)
-        return vit.jitted("logits")(*nnx.split(self), video)
+        return functional.jitted("logits")(*nnx.split(self), video)
 
     def features(self, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B D"]:
         """What the head sees, float32: pooled tokens after the norm. Raises as `__call__`."""
         tubelets.check_video(video, self.config.channels)
-        return vit.jitted("raw_features")(*nnx.split(self), video)
+        return functional.jitted("raw_features")(*nnx.split(self), video)
 
 
 def dropout(x: Float[Array, "B D"], rate: float, keys: Key[Array, " B"] | None) -> Float[Array, "B D"]:

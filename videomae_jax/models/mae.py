@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from videomae_jax.models import masking, tubelets, vit
+from videomae_jax.models import functional, masking, tubelets, vit
 from videomae_jax.models.layout import WHOLE, Layout
 from videomae_jax.models.tubelets import Grid
 
@@ -208,7 +208,7 @@ class VideoMAE(nnx.Module):
                 another shape or with unequal counts.
         """
         visible, hidden = self._indices(video, mask)
-        return vit.jitted("predict")(*nnx.split(self), video, visible, hidden)
+        return functional.jitted("predict")(*nnx.split(self), video, visible, hidden)
 
     def encode(
         self, video: UInt8[Array, "B T H W C"], mask: Bool[Array, "B N"] | None = None
@@ -219,9 +219,9 @@ class VideoMAE(nnx.Module):
         """
         if mask is None:
             self._check(video)
-            return vit.jitted("tokens")(*nnx.split(self), video)
+            return functional.jitted("tokens")(*nnx.split(self), video)
         visible, _ = self._indices(video, mask)
-        return vit.jitted("encode_visible")(*nnx.split(self), video, visible).astype(jnp.float32)
+        return functional.jitted("encode_visible")(*nnx.split(self), video, visible).astype(jnp.float32)
 
     def loss(
         self,
@@ -237,7 +237,7 @@ class VideoMAE(nnx.Module):
             kind: "mse", "l1" or "smooth_l1".
         """
         visible, hidden = self._indices(video, mask)
-        losses = vit.jitted("token_losses", ("normalize_target", "kind"))(
+        losses = functional.jitted("token_losses", ("normalize_target", "kind"))(
             *nnx.split(self),
             video,
             visible,

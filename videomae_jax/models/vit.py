@@ -438,13 +438,3 @@ class Trunk(nnx.Module):
         x, means = _scan_blocks(self.blocks, x, c.compute, c.drop_path, keys, layout, frozen, with_means=True)
         assert means is not None
         return x, means
-
-
-@functools.lru_cache
-def jitted(method: str, static: tuple[str, ...] = ()):
-    """The method of a model as a compiled function of (graphdef, params, arrays...), shared by all models."""
-
-    def call(graphdef, params, *arrays, **settings):
-        return getattr(nnx.merge(graphdef, params), method)(*arrays, **settings)
-
-    return jax.jit(call, static_argnums=0, static_argnames=static)

@@ -19,7 +19,7 @@ from videomae_jax.data import pipeline, randaugment, sources
 from videomae_jax.data.sources import Source
 from videomae_jax.evaluation import classification
 from videomae_jax.interop import export, transfer, weights
-from videomae_jax.models import heads, tubelets, vit
+from videomae_jax.models import functional, heads, tubelets, vit
 from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
 from videomae_jax.models.layout import Layout
 from videomae_jax.tasks import backbone, losses, mixup
@@ -68,14 +68,14 @@ class Classify(Task[ClassifierConfig]):
     exported: ClassVar[tuple[str, ...]] = ("encoder", "norm", "head")
     last_phase: ClassVar[str] = "test"
 
-    @functools.cached_property
+    @property
     def graphdef(self) -> Any:
         """The module without its parameters."""
-        return nnx.graphdef(nnx.eval_shape(lambda: VideoClassifier(self.model, rngs=nnx.Rngs(0))))
+        return functional.abstract(VideoClassifier, self.model)[0]
 
     def init(self, key: Key[Array, ""]) -> dict:
         """Parameters of a classifier from scratch, a nested dict of float32 arrays."""
-        return nnx.to_pure_dict(nnx.state(VideoClassifier(self.model, rngs=nnx.Rngs(params=key)), nnx.Param))
+        return functional.init(VideoClassifier, self.model, key)
 
     def module(self, params: dict) -> VideoClassifier:
         """The classifier that the parameters, or some of them, belong to."""

@@ -20,7 +20,7 @@ from videomae_jax.config import Config, UserError
 from videomae_jax.data.pairs import PairClips
 from videomae_jax.data.sources import Source
 from videomae_jax.interop import export
-from videomae_jax.models import contrast, tubelets, views, vit
+from videomae_jax.models import contrast, functional, tubelets, views, vit
 from videomae_jax.models.layout import Layout
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
 from videomae_jax.tasks import backbone, knn
@@ -52,16 +52,16 @@ class Contrast(Task[VideoMAEConfig]):
     clips_per_video: int = 2
     exported: ClassVar[tuple[str, ...]] = ("encoder",)
 
-    @functools.cached_property
+    @property
     def graphdef(self) -> Any:
         """The encoder without its parameters."""
-        return nnx.graphdef(nnx.eval_shape(lambda: VideoMAE(self.model, rngs=nnx.Rngs(0))))
+        return functional.abstract(VideoMAE, self.model)[0]
 
     def init(self, key: Key[Array, ""]) -> dict:
         """Encoder, projector and predictor; the embedding and the attention begin as MoCo v3's do."""
         c, d = self.model, self.model.encoder.width
         keys = jax.random.split(key, 5)
-        params = nnx.to_pure_dict(nnx.state(VideoMAE(c, rngs=nnx.Rngs(params=keys[0])), nnx.Param))
+        params = functional.init(VideoMAE, c, keys[0])
         encoder: Any = params["encoder"]
         voxels = math.prod(c.tubelet) * c.channels
         bound = math.sqrt(6 / (voxels + d))

@@ -5,7 +5,6 @@ rate of these were not published.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from videomae_jax.config import Config, UserError
 from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
 from videomae_jax.interop import weights
-from videomae_jax.models import vit
+from videomae_jax.models import functional, vit
 from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
 from videomae_jax.models.layout import Layout
 from videomae_jax.models.tubelets import Grid
@@ -47,9 +46,9 @@ class Distill(classify.Classify):
     hard_weight: float
     feature_weight: float
 
-    @functools.cached_property
-    def _teacher_parts(self) -> tuple[Any, Any]:
-        return nnx.split(nnx.eval_shape(lambda: VideoClassifier(self.teacher, rngs=nnx.Rngs(0))))
+    @property
+    def _teacher_parts(self) -> tuple[Any, dict]:
+        return functional.abstract(VideoClassifier, self.teacher)
 
     @property
     def _aligned(self) -> list[tuple[int, int]]:
@@ -72,8 +71,8 @@ class Distill(classify.Classify):
 
     def others(self, params: dict) -> dict:
         """Room for the teacher, which `start` fills."""
-        shapes = nnx.to_pure_dict(self._teacher_parts[1])
-        return {"teacher": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)}
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._teacher_parts[1])
+        return {"teacher": zeros}
 
     def start(self, config: Config, names: list[str]) -> dict[str, np.ndarray]:
         """The teacher, and the student's own start."""

@@ -5,7 +5,6 @@ and with the settings of its config the video half of MVD (arXiv 2212.04500).
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, ClassVar
 
@@ -20,7 +19,7 @@ from videomae_jax.config import Config, UserError
 from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
 from videomae_jax.interop import export, weights
-from videomae_jax.models import masking, tubelets, vit
+from videomae_jax.models import functional, masking, tubelets, vit
 from videomae_jax.models.layout import Layout
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
 from videomae_jax.tasks import backbone, knn
@@ -49,23 +48,23 @@ class Latent(Task[VideoMAEConfig]):
     clips_per_video: int = 1
     exported: ClassVar[tuple[str, ...]] = ("encoder",)
 
-    @functools.cached_property
+    @property
     def graphdef(self) -> Any:
         """The student without its parameters."""
-        return nnx.graphdef(nnx.eval_shape(lambda: VideoMAE(self.model, rngs=nnx.Rngs(0))))
+        return functional.abstract(VideoMAE, self.model)[0]
 
     def init(self, key: Key[Array, ""]) -> dict:
         """Encoder and predictor from nothing."""
-        return nnx.to_pure_dict(nnx.state(VideoMAE(self.model, rngs=nnx.Rngs(params=key)), nnx.Param))
+        return functional.init(VideoMAE, self.model, key)
 
-    @functools.cached_property
-    def _teacher_parts(self) -> tuple[Any, Any]:
-        return nnx.split(nnx.eval_shape(lambda: VideoMAE(self.teacher, rngs=nnx.Rngs(0))))
+    @property
+    def _teacher_parts(self) -> tuple[Any, dict]:
+        return functional.abstract(VideoMAE, self.teacher)
 
     def others(self, params: dict) -> dict:
         """Room for the teacher, which `start` fills."""
-        shapes = nnx.to_pure_dict(self._teacher_parts[1])
-        return {"teacher": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)}
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._teacher_parts[1])
+        return {"teacher": zeros}
 
     def start(self, config: Config, names: list[str]) -> dict[str, np.ndarray]:
         """The teacher's encoder."""

@@ -1,7 +1,6 @@
 """Pretraining: a masked autoencoder, k-NN on its features meanwhile, pictures at the end."""
 
 import dataclasses
-import functools
 import math
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
 from videomae_jax.evaluation import reconstruction
 from videomae_jax.interop import export
-from videomae_jax.models import masking, tubelets, vit
+from videomae_jax.models import functional, masking, tubelets, vit
 from videomae_jax.models.layout import Layout
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
 from videomae_jax.tasks import backbone, knn
@@ -55,15 +54,14 @@ class Pretrain(Task[VideoMAEConfig]):
     decoder_ratio: float = 0.5
     last_phase: ClassVar[str] = "pictures"
 
-    @functools.cached_property
+    @property
     def graphdef(self) -> Any:
         """The module without its parameters."""
-        return nnx.graphdef(nnx.eval_shape(lambda: VideoMAE(self.model, rngs=nnx.Rngs(0))))
+        return functional.abstract(VideoMAE, self.model)[0]
 
     def init(self, key: Key[Array, ""]) -> dict:
         """Parameters at the start of training, a nested dict of float32 arrays."""
-        model = VideoMAE(self.model, rngs=nnx.Rngs(params=key))
-        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return functional.init(VideoMAE, self.model, key)
 
     def masks(self, batch: Batch, root: Key[Array, ""]) -> masking.Indices:
         """(visible, hidden) of each example; a function of (root key, global example index) only."""

@@ -97,6 +97,7 @@ class Recipe:
         return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params), ema, self.others(params))
 
 
+@functools.lru_cache(maxsize=8)
 def abstract_state(recipe: Recipe, mesh: Mesh) -> tuple[TrainState, Any]:
     """(shapes and dtypes of the state, its shardings), without computing anything."""
     shapes = jax.eval_shape(recipe.create, jax.random.key(0))

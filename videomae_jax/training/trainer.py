@@ -1,5 +1,6 @@
 """The steps of a run: restore or start, step, look at the numbers one step late, save."""
 
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -22,16 +23,17 @@ Pending = tuple[int, step.Metrics, dict[str, np.ndarray]]
 
 def recipe(config: Config, task: Task) -> step.Recipe:
     """What a fresh state is made from."""
-    settings = config.optim
-    tx = optim.adamw(
-        settings.betas,
-        settings.epsilon,
-        settings.weight_decay,
-        settings.clip_norm,
-        task.rate_factors,
-        task.decays,
-    )
-    return step.Recipe(task.init, tx, task.others, settings.ema > 0)
+    c = config.optim
+    return _recipe(task, tuple(c.betas), c.epsilon, c.weight_decay, c.clip_norm, c.ema > 0)
+
+
+@functools.lru_cache(maxsize=8)
+def _recipe(
+    task: Task, betas: tuple[float, float], epsilon: float, decay: float, clip_norm: float, has_ema: bool
+) -> step.Recipe:
+    """One object for equal settings, so that the state of a run is traced once."""
+    tx = optim.adamw(betas, epsilon, decay, clip_norm, task.rate_factors, task.decays)
+    return step.Recipe(task.init, tx, task.others, has_ema)
 
 
 def names_of(state: step.TrainState) -> list[str]:
