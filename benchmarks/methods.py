@@ -77,7 +77,6 @@ def latent(workdir: pathlib.Path, steps: int, seed: int) -> dict[str, float]:
     return {
         "stage two": probed(student, seed),
         "more of stage one": probed(more, seed),
-        "teacher": probed(teacher, seed),
     }
 
 
