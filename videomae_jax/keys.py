@@ -44,7 +44,7 @@ class Key:
 
 
 KEYS: dict[str, Key] = {
-    "task": Key("pretrain", "pretrain | finetune | probe"),
+    "task": Key("pretrain", " | ".join(TASKS)),
     "seed": Key(0, "of initialisation, data order, augmentation, masks", "[0, 2147483647]"),
     "init_from": Key(
         "", 'export, checkpoint or work folder whose backbone training starts from; "": none', is_free=True
@@ -213,7 +213,7 @@ KEYS: dict[str, Key] = {
     ),
     "evaluate.every": Key(
         0,
-        "in optim.unit; 0: only at the end. Pretraining: k-NN on labelled videos",
+        "in optim.unit; 0: only at the end. Self-supervised tasks: k-NN",
         "[0, inf)",
         read_by=TRAINED,
     ),
