@@ -100,6 +100,7 @@ def assert_same_run(workdir, other) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *params)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(start, alone, tmp_path):
     processes = start(tmp_path / "run", 2)
     assert finish(processes) == [0, 0], output(processes[0]) + output(processes[1])

@@ -23,6 +23,8 @@ from videomae_jax.tasks import table
 from videomae_jax.training import checkpoint, compute, loop, optim, splits, step, trainer
 
 NAMES = sorted(table.METHODS)
+# What compiles steps for each method: one of them by default, all with `-m slow`.
+EVERY_METHOD = [pytest.param(name, marks=() if name == "latent" else pytest.mark.slow) for name in NAMES]
 ROOT = jax.random.key(7)
 # Not AdamW, whose update of a gradient near 0 is as large as of any other: what is compared is the gradient.
 TX = optim.optax.identity()
@@ -113,7 +115,7 @@ def test_the_table_is_what_settings_know():
     assert {*table.METHODS, "probe"} == set(keys.TASKS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 @pytest.mark.parametrize(
     "sizes", [(2, 2, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((8, 1, 1), (1, 4, 1)))], ids=str
 )
@@ -142,7 +144,7 @@ def test_pmap_takes_the_same_step(name, made, alone):
     assert_close(found, alone(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_microbatches_take_the_same_step_or_are_refused(name, made, alone):
     if can_accumulate(made[name]):
         assert_close(run(made[name], mesh_of(2), accumulate=2), alone(name))
@@ -150,7 +152,7 @@ def test_microbatches_take_the_same_step_or_are_refused(name, made, alone):
         assert name == "contrast"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_a_clip_of_weight_zero_is_as_if_absent(name, made, alone):
     task, config, batch = made[name]
     video = batch["video"].copy()
@@ -161,7 +163,7 @@ def test_a_clip_of_weight_zero_is_as_if_absent(name, made, alone):
     assert one_more[1]["loss"] != alone(name)[1]["loss"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(name, made):
     task, config, batch = made[name]
     mesh = mesh_of(1)
@@ -176,7 +178,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(name, made):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after)._replace(step=before.step), before)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_two_steps_are_one_saved_restored_and_another(name, made, tmp_path):
     task, config, batch = made[name]
     mesh = mesh_of(2)
@@ -197,12 +199,7 @@ def test_two_steps_are_one_saved_restored_and_another(name, made, tmp_path):
     assert set(nnx.to_pure_dict(nnx.state(model, nnx.Param))) == set(kept)
 
 
-BY_DEFAULT = ("latent", "contrast")  # of the others a test file of their own has runs
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in BY_DEFAULT else pytest.mark.slow) for n in NAMES]
-)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_a_run_says_and_leaves_what_every_run_does(name, shapes, teachers, tmp_path, capsys):
     config = debug_config(name, shapes, teachers)
     config.optim.update(duration=4, warmup=1)
@@ -225,6 +222,7 @@ def test_a_run_says_and_leaves_what_every_run_does(name, shapes, teachers, tmp_p
     assert table.train(probe, tmp_path / "finetuned", time.time())["step"] == 1
 
 
+@pytest.mark.slow
 def test_the_method_that_the_docs_show_trains(shapes, tmp_path):
     """docs/architecture.md, "How to add a method": run as it stands there."""
     text = (ROOT_FOLDER / "docs" / "architecture.md").read_text()

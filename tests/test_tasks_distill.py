@@ -94,6 +94,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(shapes, teacher):
     assert agreement == 1.0
 
 
+@pytest.mark.slow
 def test_labels_and_layers_add_their_share(shapes, teacher):
     task, params, others, batch = made(shapes, teacher, **{"distill.feature_weight": 0.5})
     assert task._aligned == [(0, 1), (1, 3)]  # of 2 and 4 blocks
@@ -108,6 +109,7 @@ def test_labels_and_layers_add_their_share(shapes, teacher):
     assert np.abs(grads["align0"]["kernel"]).max() > 0
 
 
+@pytest.mark.slow
 def test_a_distilled_student_is_a_classifier_that_is_evaluated(shapes, teacher, tmp_path):
     config = distill_config(shapes, teacher)
     config.optim.update(duration=2, warmup=1)

@@ -67,6 +67,7 @@ def undisturbed(shapes, pretrained, tmp_path_factory):
     return workdir, summary
 
 
+@pytest.mark.slow
 def test_knn_while_pretraining(pretrained):
     lines = {line["step"]: line for line in logged(pretrained)}
     assert {step for step, line in lines.items() if "knn_top1" in line} == {3, 6}
@@ -216,6 +217,7 @@ def test_a_run_without_any_finite_validation_ends_with_an_error(shapes, tmp_path
     assert not (tmp_path / "best").exists()
 
 
+@pytest.mark.slow
 def test_early_stopping(shapes, tmp_path, monkeypatch):
     """Two validations without improvement end the run; started again, it stays ended."""
     top1 = iter([0.3, 0.5, 0.5, 0.4] + [9.9] * 9)

@@ -114,6 +114,7 @@ def test_the_loss_falls(undisturbed):
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.02
 
 
+@pytest.mark.slow
 def test_kill_at_several_steps_and_resume(start, undisturbed, tmp_path):
     """kill -9 after steps 3 (before any checkpoint), 13 and 27, then to the end."""
     workdir = tmp_path / "killed"
@@ -265,6 +266,7 @@ def test_a_work_folder_of_another_run_is_refused(shapes, tmp_path, debug_config)
         table.train(fewer, tmp_path, time.time())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["auto", "bfloat16"])
 def test_a_run_is_not_resumed_in_another_dtype(tmp_path, debug_config, stored, monkeypatch):
     """What "auto" meant is stored; of older runs it stands beside their weights."""
@@ -302,6 +304,7 @@ def test_skipped_steps_are_written_down_and_limited(shapes, tmp_path, debug_conf
     assert root == jax.random.key(debug_config.seed)
 
 
+@pytest.mark.slow
 def test_checkpoints_kept(shapes, tmp_path, debug_config):
     debug_config.optim.duration = 12
     debug_config.checkpoint.update(every=2, keep_last=1, keep_every=6)
