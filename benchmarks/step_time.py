@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from videomae_jax import keys, sharding
+from videomae_jax import hardware, keys, sharding
 from videomae_jax.models import masking, vit
 from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.mae import VideoMAEConfig
@@ -170,7 +170,7 @@ def compare(arguments: argparse.Namespace) -> None:
     rounds = [{name: timed(run) for name, run in sides.items()} for _ in range(arguments.pairs)]
     flops = task.flops_per_clip() * arguments.batch / (1 if is_training else 3)
     device = jax.devices()[0].device_kind
-    peak = sharding.peak_flops(device) if dtype == "bfloat16" else None
+    peak = hardware.peak_flops(device) if dtype == "bfloat16" else None
     result = {
         **{
             name: getattr(arguments, name)

@@ -400,19 +400,41 @@ def test_a_key_that_the_task_does_not_read_is_refused(task, key, value):
         settings.checked(c)
 
 
+@pytest.mark.parametrize(
+    ("platform", "dtype", "kind"),
+    [
+        ("cpu", "float32", "blocks"),
+        ("gpu", "float32", "queries"),
+        ("gpu", "bfloat16", "cudnn"),
+        ("tpu", "float32", "splash"),
+        ("tpu", "bfloat16", "splash"),
+    ],
+)
+def test_attention_of_each_device(platform, dtype, kind):
+    c = load_config("debug", "task=pretrain")
+    c.model.update(attention="auto", dtype=dtype)
+    assert compute.settled(c, platform, None).model.attention == kind
+    c.model.attention = "xla"
+    assert compute.settled(c, platform, None).model.attention == "xla"
+    c.model.attention = "cudnn" if platform == "tpu" else "splash"
+    with pytest.raises(
+        settings.UserError, match=r"model.attention=\w+ does not work here .it is for a [GT]PU"
+    ):
+        compute.settled(c, platform, None)
+
+
 def test_attention_falls_back_with_one_line_where_the_fused_kernel_fails(monkeypatch, capsys):
     """A machine that says it has a GPU, and cannot run its kernel."""
-    choose = compute.choose_attention.__wrapped__  # without what was found before
-    assert choose("auto", "float32", (16,)) == "blocks"  # this one is a CPU
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert choose("auto", "float32", (16,)) == "xla"
-    assert capsys.readouterr().out == ""
-    assert choose("auto", "bfloat16", (16,)) == "xla"
+    c = load_config("debug", "task=pretrain")
+    c.model.update(attention="auto", dtype="bfloat16")
+    check = compute.try_kernels.__wrapped__  # without what was found before
+    assert compute.settled(c, "gpu", check).model.attention == "queries"
     (line,) = capsys.readouterr().out.splitlines()
-    assert "model.attention=auto: the fused kernel does not work here, using xla" in line
+    assert "model.attention=auto: the fused kernel does not work here, using queries" in line
+    c.model.attention = "cudnn"
     with pytest.raises(settings.UserError, match=r"model.attention=cudnn does not work here with bfloat16"):
-        choose("cudnn", "bfloat16", (16,))
+        compute.settled(c, "gpu", check)
     tried = []
     monkeypatch.setattr(compute.attention, "attend", lambda q, k, v, kind: tried.append(kind) or q + k + v)
-    assert choose("auto", "bfloat16", (16, 32)) == "cudnn"
-    assert tried == ["cudnn", "cudnn"]
+    assert compute.settled(c, "gpu", check).model.attention == "cudnn"
+    assert set(tried) == {"cudnn"}

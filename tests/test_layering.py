@@ -16,6 +16,7 @@ PACKAGE = ROOT / "videomae_jax"
 MAY = {
     "keys": set(),
     "config": {"keys"},
+    "hardware": set(),
     "sharding": set(),
     "storage": set(),
     "models": {"models"},
@@ -23,10 +24,13 @@ MAY = {
     "hosts": {"config", "data", "storage"},
     "evaluation": {"evaluation", "models"},
     "interop": {"interop", "models", "storage"},
-    "apps": {"apps", "config", "data", "evaluation", "hosts", "interop", "models", "sharding", "storage"},
-    "training": {
-        *("training", "apps", "config", "data", "evaluation", "hosts", "interop", "models", "sharding"),
+    "apps": {
+        *("apps", "config", "data", "evaluation", "hardware", "hosts", "interop", "models", "sharding"),
         "storage",
+    },
+    "training": {
+        *("training", "apps", "config", "data", "evaluation", "hardware", "hosts", "interop", "models"),
+        *("sharding", "storage"),
     },
     "tasks": {
         *("keys", "tasks", "training", "apps", "config", "data", "evaluation", "hosts", "interop", "models"),

@@ -10,7 +10,7 @@ import jax
 import pytest
 from tensorboardX.proto import event_pb2
 
-from videomae_jax import sharding, storage
+from videomae_jax import hardware, storage
 from videomae_jax.config import UserError
 from videomae_jax.training import report
 
@@ -116,7 +116,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_use_of_a_known_device(tmp_path, monkeypatch):
-    monkeypatch.setattr(report.sharding, "peak_flops", lambda _: 1e12)
+    monkeypatch.setattr(report.hardware, "peak_flops", lambda _: 1e12)
     log = report.Report(
         storage.Growing(tmp_path, []), 0, 2, batch_size=8, every=2, flops_per_clip=3e9, dtype="bfloat16"
     )
@@ -135,7 +135,7 @@ def test_use_of_a_known_device(tmp_path, monkeypatch):
     ("kind", "tflops"), [("NVIDIA H200", 989), ("TPU v5 lite", 197), ("TPU v5p", 459), ("cpu", None)]
 )
 def test_peaks(kind, tflops):
-    assert sharding.peak_flops(kind) == (tflops and tflops * 1e12)
+    assert hardware.peak_flops(kind) == (tflops and tflops * 1e12)
 
 
 def test_profile_covers_the_steps_asked_for(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import videomae_jax as vm
-from videomae_jax.models import attention, positions, vit
+from videomae_jax.models import attention, layers, positions, vit
 from videomae_jax.models.layout import WHOLE
 
 # (N, D): row 1 columns 0-3 and last two, row N-1 columns 0-3 and last two, sum (fact sheet 1.2)
@@ -125,7 +125,9 @@ def test_bicubic_resampling_equals_pytorchs():
 
 
 def blocks_of(depth: int, width: int = 16) -> vit.Block:
-    return vit.make_blocks(vit.Stack(width, depth, 2, 32), 1e-6, 0.0, vit.Compute(), nnx.Rngs(0), vit.XAVIER)
+    return vit.make_blocks(
+        vit.Stack(width, depth, 2, 32), 1e-6, 0.0, vit.Compute(), nnx.Rngs(0), layers.XAVIER
+    )
 
 
 def jaxpr_size(depth: int, compute: vit.Compute) -> int:
@@ -199,7 +201,7 @@ def test_layer_scale_is_absent_by_default_and_scales_branches(rng):
     x = jnp.asarray(rng.normal(size=(1, 3, 16)), jnp.float32)
     plain = nnx.to_pure_dict(nnx.state(blocks_of(2), nnx.Param))
     assert "gamma1" not in plain
-    scaled = vit.make_blocks(vit.Stack(16, 2, 2, 32), 1e-6, 1e-5, vit.Compute(), nnx.Rngs(0), vit.XAVIER)
+    scaled = vit.make_blocks(vit.Stack(16, 2, 2, 32), 1e-6, 1e-5, vit.Compute(), nnx.Rngs(0), layers.XAVIER)
     np.testing.assert_allclose(scaled.gamma1[...], 1e-5)
     y = vit.run_blocks(scaled, x, vit.Compute(), 0.0, None)
     np.testing.assert_allclose(y, x, atol=1e-3)
@@ -207,8 +209,8 @@ def test_layer_scale_is_absent_by_default_and_scales_branches(rng):
 
 def test_gelu_is_the_exact_one():
     x = jnp.linspace(-4, 4, 101)
-    np.testing.assert_allclose(vit.gelu(x), jax.nn.gelu(x, approximate=False), atol=1e-6)
-    assert np.abs(vit.gelu(x) - jax.nn.gelu(x, approximate=True)).max() > 1e-4
+    np.testing.assert_allclose(layers.gelu(x), jax.nn.gelu(x, approximate=False), atol=1e-6)
+    assert np.abs(layers.gelu(x) - jax.nn.gelu(x, approximate=True)).max() > 1e-4
 
 
 def test_attention_in_blocks_is_attention(rng):

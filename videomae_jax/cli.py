@@ -25,6 +25,7 @@ _USAGE = """usage: python -m videomae_jax COMMAND [--flag=value ...]
   convert      SRC DST --layout=orbax|hf|official          weights from and to other layouts
   prepare      SRC DST                                     videos to shards that are fast to read; --check
   doctor       --data=PATH --workdir=DIR                   what this machine has, and whether it works
+  plan         --config=... --topology=v5e:4x4             compiles for devices that are not there; bounds
 
 COMMAND --help lists its flags; --debug shows the traceback of an error."""
 
@@ -271,6 +272,41 @@ def _doctor_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("hosts", "auto", _HOSTS_HELP, flag_values=values)
 
 
+def _plan(values: Any, _arguments: list[str], _started: float) -> None:
+    # Before JAX looks for devices, and libtpu for the machine that it would be on.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    from videomae_jax.tasks import table
+    from videomae_jax.training import ahead, plan, report
+
+    found = plan.run(
+        values.config,
+        table.make_task,
+        ahead.topology(values.topology),
+        videos=values.videos,
+        classes=values.num_classes,
+        fit=values.fit,
+    )
+    report.write_json(storage.at(values.out), found)
+
+
+def _plan_flags(values: flags.FlagValues) -> None:
+    config_flags.DEFINE_config_file(
+        "config", None, "Settings: FILE.py or FILE.py:name=value,...", flag_values=values
+    )
+    text = "Devices: v5e:4x4, v6e:2x4, v5p:2x2x1, v4:2x2x2, h100:8, h200:4x8, a100:1, b200:8, cpu:2."
+    flags.DEFINE_string("topology", None, text, flag_values=values)
+    flags.DEFINE_integer("videos", 0, "Training videos, for a run's length.", flag_values=values)
+    flags.DEFINE_integer("num_classes", 400, "Classes of a classifier.", flag_values=values)
+    flags.DEFINE_bool(
+        "fit", False, "Find the largest batch that fits: compiles some more.", flag_values=values
+    )
+    flags.DEFINE_string("out", "plan.json", "JSON file to write.", flag_values=values)
+
+
 # command: (define its flags, names of its arguments, flags it cannot do without, run it)
 _COMMANDS: dict[str, tuple[Callable, Sequence[str], Sequence[str], Callable]] = {
     "train": (_train_flags, (), ("config", "workdir"), _train),
@@ -279,6 +315,7 @@ _COMMANDS: dict[str, tuple[Callable, Sequence[str], Sequence[str], Callable]] = 
     "predict": (_predict_flags, ("VIDEOS...",), ("checkpoint",), _predict),
     "convert": (_convert_flags, ("SRC", "DST"), (), _convert),
     "doctor": (_doctor_flags, (), (), _doctor),
+    "plan": (_plan_flags, (), ("config", "topology"), _plan),
     "prepare": (_prepare_flags, ("SRC", "DST"), (), _prepare),
     "reconstruct": (_reconstruct_flags, ("VIDEO",), ("checkpoint", "out"), _reconstruct),
 }

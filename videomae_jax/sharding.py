@@ -66,23 +66,23 @@ def start_hosts(hosts: str) -> None:
     jax.distributed.initialize(named[3], int(named[2]), int(named[1]))
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh over all devices of all hosts; `data = -1` takes the devices that the others leave.
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices of all hosts, or these; `data = -1` takes those that the others leave.
 
     Raises:
         ValueError: the axes do not use every device.
     """
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
     if data == -1:
-        data = devices // (fsdp * tensor)
-    if data * fsdp * tensor != devices:
+        data = len(devices) // (fsdp * tensor)
+    if data * fsdp * tensor != len(devices):
         raise ValueError(
-            f"mesh of data={data} x fsdp={fsdp} x tensor={tensor} does not use the {devices} devices here: "
-            f"set --config.mesh.data=-1 or sizes whose product is {devices}"
+            f"mesh of data={data} x fsdp={fsdp} x tensor={tensor} does not use the {len(devices)} devices "
+            f"here: set --config.mesh.data=-1 or sizes whose product is {len(devices)}"
         )
     # Host by host, and not by the wiring as `jax.make_mesh` has it: a batch's rows are those of each host in
     # turn, and the devices along `tensor` share a host.
-    ordered = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(ordered).reshape(data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -173,28 +173,6 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
         return isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(whole, leaf.ndim)
 
     return tree if all(map(is_whole, jax.tree.leaves(tree))) else _replicator(mesh)(tree)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Bfloat16 operations per second that a device's data sheet promises, without sparsity; None: unknown."""
-    found = [peak for kind, peak in _PEAK_TFLOPS if device_kind.startswith(kind)]
-    return found[0] * 1e12 if found else None
-
-
-# Tera-operations per second by the start of the device's kind, longer names first.
-_PEAK_TFLOPS = (
-    ("NVIDIA A100", 312),
-    ("NVIDIA H100 PCIe", 756),
-    ("NVIDIA H100", 989),
-    ("NVIDIA H200", 989),
-    ("NVIDIA L4", 121),
-    ("NVIDIA B200", 2250),
-    ("TPU v4", 275),
-    ("TPU v5 lite", 197),
-    ("TPU v5e", 197),
-    ("TPU v5", 459),
-    ("TPU v6", 918),
-)
 
 
 def by_rows(function: Callable[[Any, jax.Array], jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from videomae_jax import hosts, sharding, storage
+from videomae_jax import hardware, hosts, storage
 from videomae_jax.data import decode, prepared, processes, reading
 from videomae_jax.models import attention
 from videomae_jax.storage import Place
@@ -28,6 +28,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "av"
 _SPACE_GIB = 10  # a few ViT-B checkpoints
 _MEMORY_GIB = 4
 _SAMPLE = 8  # videos to decode
+_KERNELS = {"cpu": ("xla", "blocks"), "gpu": ("xla", "queries", "cudnn"), "tpu": ("xla", "splash")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _matmul() -> Iterator[tuple[str, str]]:
     size, dtype = (1024, "float32") if is_cpu else (8192, "bfloat16")
     x = jnp.ones((size, size), dtype)
     rate = 2 * size**3 / _seconds(jax.jit(jnp.matmul), x, x)
-    peak = None if is_cpu else sharding.peak_flops(jax.devices()[0].device_kind)
+    peak = None if is_cpu else hardware.peak_flops(jax.devices()[0].device_kind)
     share = f", {rate / peak:.0%} of the data sheet" if peak else ""
     text = f"{rate / 1e12:.2f} TFLOP/s in {dtype}{share}"
     is_slow = peak is not None and rate < peak / 2
@@ -124,13 +125,13 @@ def _attention() -> Iterator[tuple[str, str]]:
     backend = jax.default_backend()
     clips, dtype = (1, "float32") if backend == "cpu" else (64, "bfloat16")
     heads = jnp.ones((clips, 3, 1568, 64), dtype)
-    for kind in {"cpu": ("xla", "blocks"), "gpu": ("xla", "cudnn")}.get(backend, ("xla",)):
+    for kind in _KERNELS[backend]:
         total = lambda x, kind=kind: attention.attend(x, x, x, kind).astype(jnp.float32).sum()  # noqa: E731
         try:
             seconds = _seconds(jax.jit(jax.grad(total)), heads)
         except Exception as error:
             reason = str(error).strip().split("\n")[0][:120]
-            yield "warning", f"{kind} does not work ({reason}); model.attention=auto uses xla"
+            yield "warning", f"{kind} does not work ({reason}); model.attention=auto uses another"
         else:
             yield "ok", f"{kind}: {1e3 * seconds:.1f} ms for {clips} x 3 heads of 1,568 tokens, both ways"
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from videomae_jax.models import vit
+from videomae_jax.models import layers
 from videomae_jax.models.layout import Layout
 
 _EPSILON = 1e-5  # of the batch norm
@@ -21,7 +21,7 @@ def init_mlp(key: Key[Array, ""], widths: tuple[int, ...]) -> dict:
     params = {}
     keys = jax.random.split(key, len(widths) - 1)
     for number, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
-        params[f"layer{number}"] = {"kernel": vit.XAVIER(keys[number], (inputs, outputs), jnp.float32)}
+        params[f"layer{number}"] = {"kernel": layers.XAVIER(keys[number], (inputs, outputs), jnp.float32)}
         if number < len(widths) - 2:
             params[f"norm{number}"] = {"scale": jnp.ones(outputs), "bias": jnp.zeros(outputs)}
     return params

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 
-from videomae_jax.models import attention, functional, tubelets, vit
+from videomae_jax.models import attention, functional, layers, tubelets, vit
 from videomae_jax.models.layout import WHOLE, Layout
 
 POOLING = ("mean", "first")
@@ -53,11 +53,11 @@ class VideoClassifier(nnx.Module):
     def __init__(self, config: ClassifierConfig, *, rngs: nnx.Rngs):
         width = config.encoder.width
         self.config = config
-        self.encoder = vit.Trunk(config, rngs, vit.NORMAL)
+        self.encoder = vit.Trunk(config, rngs, layers.NORMAL)
         # The published fc_norm, or with pooling "first" the trunk's final norm; small enough for float32.
         epsilon = config.final_norm_epsilon or config.norm_epsilon
-        self.norm = vit.layer_norm(width, epsilon, "float32", rngs)
-        self.head = vit.Linear(width, len(config.classes), "float32", rngs, vit.NORMAL)
+        self.norm = layers.LayerNorm(width, epsilon, "float32")
+        self.head = layers.Linear(width, len(config.classes), "float32", rngs, layers.NORMAL)
         self.head.kernel[...] = self.head.kernel[...] * config.head_scale
 
     def pooled(
@@ -156,11 +156,11 @@ class AttentiveProbe(nnx.Module):
         if width % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide the width {width}")
         self.num_heads = num_heads
-        self.norm = vit.layer_norm(width, 1e-6, "float32", rngs)
-        self.query = nnx.Param(vit.NORMAL(rngs.params(), (1, width), jnp.float32))
-        self.key_value = vit.Linear(width, 2 * width, "float32", rngs, vit.XAVIER)
-        self.out = vit.Linear(width, width, "float32", rngs, vit.XAVIER)
-        self.head = vit.Linear(width, classes, "float32", rngs, vit.NORMAL)
+        self.norm = layers.LayerNorm(width, 1e-6, "float32")
+        self.query = nnx.Param(layers.NORMAL(rngs.params(), (1, width), jnp.float32))
+        self.key_value = layers.Linear(width, 2 * width, "float32", rngs, layers.XAVIER)
+        self.out = layers.Linear(width, width, "float32", rngs, layers.XAVIER)
+        self.head = layers.Linear(width, classes, "float32", rngs, layers.NORMAL)
 
     def __call__(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B K"]:
         b, n, d = tokens.shape

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from videomae_jax.models import functional, masking, tubelets, vit
+from videomae_jax.models import functional, layers, masking, tubelets, vit
 from videomae_jax.models.layout import WHOLE, Layout
 from videomae_jax.models.tubelets import Grid
 
@@ -33,9 +33,9 @@ class Encoder(vit.Trunk):
     """Tubelet embedding, blocks and the final LayerNorm."""
 
     def __init__(self, config: VideoMAEConfig, rngs: nnx.Rngs):
-        super().__init__(config, rngs, vit.XAVIER)
+        super().__init__(config, rngs, layers.XAVIER)
         if config.encoder_norm:
-            self.norm = vit.layer_norm(config.encoder.width, config.norm_epsilon, config.compute.dtype, rngs)
+            self.norm = layers.LayerNorm(config.encoder.width, config.norm_epsilon, config.compute.dtype)
 
 
 class Decoder(nnx.Module):
@@ -51,9 +51,9 @@ class Decoder(nnx.Module):
         # Published as normal(0.02) cut at +-0.02, that is at one sigma.
         token = jax.random.truncated_normal(rngs.params(), -1.0, 1.0, (width,))
         self.mask_token = nnx.Param(0.02 * token)
-        self.blocks = vit.make_blocks(sizes, c.norm_epsilon, c.layer_scale, c.compute, rngs, vit.XAVIER)
-        self.norm = vit.layer_norm(width, c.final_norm_epsilon or c.norm_epsilon, dtype, rngs)
-        self.head = vit.Linear(width, outputs, dtype, rngs, vit.XAVIER)
+        self.blocks = vit.make_blocks(sizes, c.norm_epsilon, c.layer_scale, c.compute, rngs, layers.XAVIER)
+        self.norm = layers.LayerNorm(width, c.final_norm_epsilon or c.norm_epsilon, dtype)
+        self.head = layers.Linear(width, outputs, dtype, rngs, layers.XAVIER)
 
 
 class VideoMAE(nnx.Module):
@@ -148,7 +148,7 @@ class VideoMAE(nnx.Module):
         x = tokens @ self.decoder.project[...].astype(tokens.dtype)
         table = self._positions(grid, self.config.decoder.width)
         # Visible first, hidden after, as published; blocks do not care about the order of tokens. Added in
-        # float32, see `vit.add_bias`.
+        # float32, see `layers.add_bias`.
         shown, masks = x.astype(jnp.float32) + table[visible], self.decoder.mask_token[...] + table[hidden]
         x = jnp.concatenate([shown.astype(x.dtype), masks.astype(x.dtype)], axis=1)
         compute, rate = self.config.compute, self.config.drop_path

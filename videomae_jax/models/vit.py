@@ -7,7 +7,6 @@ Modules own parameters only; randomness arrives as one key per example (None: ev
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float, Key
 
 from videomae_jax.models import positions, tubelets
 from videomae_jax.models.attention import KINDS, attend
+from videomae_jax.models.layers import Initializer, LayerNorm, Linear, add_bias, gelu
 from videomae_jax.models.layout import WHOLE, Layout
 from videomae_jax.models.tubelets import Grid
 
@@ -175,42 +175,6 @@ class BackboneConfig:
         return cls(**fields)
 
 
-# How kernels begin, as published: pretraining with Xavier, finetuning with normal(0.02) cut far out.
-Initializer = Callable[..., jax.Array]
-XAVIER: Initializer = nnx.initializers.xavier_uniform()
-NORMAL: Initializer = nnx.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
-
-
-def add_bias(x: Float[Array, "*S D"], bias: Float[Array, " D"]) -> Float[Array, "*S D"]:
-    """`x + bias` in the dtype of `x`, added in float32.
-
-    The gradient of a bias is a sum over all tokens, in the dtype of the addition: in bfloat16 it is off by up
-    to an eighth.
-    """
-    return (x.astype(jnp.float32) + bias).astype(x.dtype)
-
-
-class Linear(nnx.Module):
-    """A layer with float32 parameters and its matmul in `dtype`; its bias begins at 0."""
-
-    def __init__(self, inputs: int, outputs: int, dtype: str, rngs: nnx.Rngs, kernel_init: Initializer):
-        self.dtype = jnp.dtype(dtype)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (inputs, outputs), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(outputs))
-
-    def __call__(
-        self, x: Float[Array, "*S E"], leave: Callable[[jax.Array], jax.Array] = lambda x: x
-    ) -> Float[Array, "*S D"]:
-        """With `leave`, what becomes of the product before the bias is added; see `Layout`."""
-        return add_bias(leave(x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)), self.bias[...])
-
-
-def layer_norm(width: int, epsilon: float, dtype: str, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with float32 statistics."""
-    # The fast variance E[x^2] - E[x]^2 cancels: 7e-5 relative error where this form has 2e-6.
-    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=jnp.dtype(dtype), rngs=rngs)
-
-
 class Attention(nnx.Module):
     """Joint space-time self-attention with learned query and value biases and no key bias."""
 
@@ -229,13 +193,17 @@ class Attention(nnx.Module):
         b, n, d = x.shape
         # Matmuls on flat tokens: with a batch axis XLA's CPU backward pass takes twice as long.
         flat = layout.enter(x.reshape(b * n, d))
-        qkv = jnp.einsum("td,dce->tce", flat, self.qkv[...].astype(self.dtype))
-        q, k, v = jnp.moveaxis(qkv, 1, 0)
-        q, v = add_bias(q, self.q_bias[...]), add_bias(v, self.v_bias[...])
+        # Three products: the parts of one would have to be copied out of it, and their gradients into it.
+        kernels = jnp.split(self.qkv[...].astype(self.dtype).reshape(d, -1), 3, axis=1)
+        q, k, v = (flat @ kernel for kernel in kernels)
+        q = add_bias(q, self.q_bias[...])
         # All heads, or those of this device.
         q, k, v = (x.reshape(b, n, -1, d // self.num_heads).transpose(0, 2, 1, 3) for x in (q, k, v))
         out = attend(q, k, v, self.kind).transpose(0, 2, 1, 3).reshape(b * n, -1)
-        return self.out(out, layout.leave).reshape(b, n, d)
+        # Attention's weights sum to 1, so the bias of the values comes through it as it is: added to the
+        # projected output, it takes no pass over the values.
+        shift = self.v_bias[...].astype(self.dtype) @ self.out.kernel[...].astype(self.dtype)
+        return self.out(out, lambda x: layout.leave(add_bias(x, shift))).reshape(b, n, d)
 
 
 class Block(nnx.Module):
@@ -251,9 +219,9 @@ class Block(nnx.Module):
         kernel_init: Initializer,
     ):
         d, dtype = sizes.width, compute.dtype
-        self.norm1 = layer_norm(d, epsilon, dtype, rngs)
+        self.norm1 = LayerNorm(d, epsilon, dtype)
         self.attention = Attention(sizes, compute, rngs, kernel_init)
-        self.norm2 = layer_norm(d, epsilon, dtype, rngs)
+        self.norm2 = LayerNorm(d, epsilon, dtype)
         self.fc1 = Linear(d, sizes.mlp_dim, dtype, rngs, kernel_init)
         self.fc2 = Linear(sizes.mlp_dim, d, dtype, rngs, kernel_init)
         self.has_layer_scale = layer_scale > 0
@@ -282,14 +250,6 @@ class Block(nnx.Module):
 
 def _scaled(x: Float[Array, "B N D"], gamma: Float[Array, " D"]) -> Float[Array, "B N D"]:
     return (x.astype(jnp.float32) * gamma).astype(x.dtype)  # as in `add_bias`
-
-
-def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """The exact form, as published; the tanh approximation differs at 1e-4.
-
-    Through erf, whose derivative is cheap; `jax.nn.gelu` goes through erfc.
-    """
-    return 0.5 * x * (1 + jax.lax.erf(x * (0.5**0.5)))
 
 
 def drop_path_scales(

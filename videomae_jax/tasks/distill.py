@@ -18,7 +18,7 @@ from videomae_jax.config import Config, UserError
 from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
 from videomae_jax.interop import weights
-from videomae_jax.models import functional, vit
+from videomae_jax.models import functional, layers, vit
 from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
 from videomae_jax.models.layout import Layout
 from videomae_jax.models.tubelets import Grid
@@ -65,7 +65,7 @@ class Distill(classify.Classify):
             shape = (self.model.encoder.width, self.teacher.encoder.width)
             keys = jax.random.split(align_key, len(self._aligned))
             params |= {
-                f"align{i}": {"kernel": vit.XAVIER(key, shape, jnp.float32)} for i, key in enumerate(keys)
+                f"align{i}": {"kernel": layers.XAVIER(key, shape, jnp.float32)} for i, key in enumerate(keys)
             }
         return params
 

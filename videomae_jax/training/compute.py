@@ -1,6 +1,7 @@
-"""What the settings mean on this machine: the dtype, the attention kernel, the mesh."""
+"""What the settings mean on some devices: the dtype, the attention kernel, the mesh."""
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,58 +11,89 @@ from videomae_jax.config import Config, UserError
 from videomae_jax.models import attention
 from videomae_jax.training import report
 
+_ATTENTION = {
+    ("cpu", "float32"): "blocks",
+    ("cpu", "bfloat16"): "blocks",
+    ("tpu", "float32"): "splash",
+    ("tpu", "bfloat16"): "splash",
+    ("gpu", "float32"): "queries",  # the fused kernel has no float32
+    ("gpu", "bfloat16"): "cudnn",
+}
+"""(platform, dtype) -> what `model.attention=auto` means; how short sequences are computed the kinds know."""
+_INSTEAD = {"cudnn": "queries", "splash": "queries"}
+"""What takes the place of a kernel that does not work on a device of its platform."""
+_KERNEL_OF = {"cudnn": "gpu", "splash": "tpu"}
+
 
 def on_this_machine(config: Config) -> Config:
     """The settings with what "auto" means here, so that a run's own say how it was computed.
 
-    Tries kernels where the choice depends on them: compiles, for seconds, on a GPU.
+    Tries kernels where the choice depends on them: compiles, for seconds, on an accelerator.
 
     Raises:
         UserError: `model.attention` names a kernel that does not work here.
     """
+    return settled(config, jax.default_backend(), try_kernels)
+
+
+def settled(
+    config: Config, platform: str, check: Callable[[str, str, tuple[int, ...]], str] | None
+) -> Config:
+    """The settings with what "auto" means on "cpu", "gpu" or "tpu".
+
+    Args:
+        check: (kernel, dtype, widths of heads) -> why it does not work, or ""; None: it does.
+
+    Raises:
+        UserError: `model.attention` names a kernel that does not work there.
+    """
     config = config.copy_and_resolve_references()
     model = config.model
     if model.dtype == "auto":
-        model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        model.dtype = "float32" if platform == "cpu" else "bfloat16"
     widths = {stack.width // stack.num_heads for stack in (model.encoder, model.decoder)}
-    model.attention = choose_attention(model.attention, model.dtype, tuple(sorted(widths)))
+    wanted = model.attention
+    kind = _ATTENTION[platform, model.dtype] if wanted == "auto" else wanted
+    if kind not in _KERNEL_OF:
+        model.attention = kind
+        return config
+    trouble = f"it is for a {_KERNEL_OF[kind].upper()}" if _KERNEL_OF[kind] != platform else ""
+    if not trouble and check:
+        trouble = check(kind, model.dtype, tuple(sorted(widths)))
+    if trouble and wanted != "auto":
+        raise UserError(
+            f"model.attention={wanted} does not work here with {model.dtype} ({trouble}): set it to auto"
+        )
+    if trouble:
+        kind = _INSTEAD[kind]
+        report.say(f"model.attention=auto: the fused kernel does not work here, using {kind} ({trouble})")
+    model.attention = kind
     return config
 
 
 @functools.cache
-def choose_attention(wanted: str, dtype: str, head_widths: tuple[int, ...]) -> str:
-    """What `model.attention` means on this machine: "auto" tries the fused kernel of a GPU, both ways.
-
-    Raises:
-        UserError: the kernel that is asked for does not work here.
-    """
-    if wanted not in ("auto", "cudnn"):
-        return wanted
-    if wanted == "auto" and jax.default_backend() == "cpu":
-        return "blocks"
-    if wanted == "auto" and (jax.default_backend() != "gpu" or dtype == "float32"):
-        return "xla"
+def try_kernels(kind: str, dtype: str, head_widths: tuple[int, ...]) -> str:
+    """Why a kernel does not work on this machine, both ways; "": it does."""
 
     def probe(x: jax.Array) -> jax.Array:
-        return attention.attend(x, x, x, "cudnn").astype(jnp.float32).sum()
+        return attention.attend(x, x, x, kind).astype(jnp.float32).sum()
 
     try:
         for width in head_widths:
-            heads = jnp.zeros((2, 2, 160, width), dtype)
+            heads = jnp.zeros((2, 2, 640, width), dtype)
             jax.block_until_ready(jax.jit(jax.grad(probe))(heads))
     except Exception as error:  # compilers and drivers raise what they like
-        reason = str(error).strip().split("\n")[0][:200]
-        if wanted == "cudnn":
-            raise UserError(
-                f"model.attention=cudnn does not work here with {dtype} ({reason}): set it to auto or xla"
-            ) from None
-        report.say(f"model.attention=auto: the fused kernel does not work here, using xla ({reason})")
-        return "xla"
-    return "cudnn"
+        return str(error).strip().split("\n")[0][:200] or type(error).__name__
+    return ""
 
 
-def make_mesh(config: Config) -> jax.sharding.Mesh:
+def make_mesh(
+    config: Config, devices: Sequence[jax.Device] | None = None, host_devices: int = 0
+) -> jax.sharding.Mesh:
     """The mesh that the settings ask for.
+
+    Args:
+        devices: over which, `host_devices` of them in each machine; None: all of this run.
 
     Raises:
         UserError: it does not use every device, or asks for what `mesh.mapping` or a host cannot do.
@@ -74,12 +106,13 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
             "mesh.mapping=pmap gives each device a whole copy of the state: with mesh.fsdp or mesh.tensor "
             "use --config.mesh.mapping=jit"
         )
-    if jax.local_device_count() % sizes.tensor:
+    host_devices = host_devices or jax.local_device_count()
+    if host_devices % sizes.tensor:
         raise UserError(
-            f"mesh.tensor={sizes.tensor} does not divide the {jax.local_device_count()} devices of a host: "
+            f"mesh.tensor={sizes.tensor} does not divide the {host_devices} devices of a host: "
             f"a clip's devices must share a host"
         )
     try:
-        return sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+        return sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices)
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -35,12 +35,12 @@ def run(config: Config, workdir: Place, started: float, make: Make) -> dict[str,
     phases = report.Phases(started)
     with hosts.Interrupt() as interrupt, contextlib.ExitStack() as stack:
         mesh = compute.make_mesh(config)
-        _check_batch(config, mesh)
+        check_batch(config, mesh)
         is_begun = export.newest_step(workdir / "checkpoints") is not None
         weights = str(workdir) if is_begun else config.init_from
         # Before any video is looked for or generated.
         planned = make(config, None, weights)
-        _check_parts(config, planned, mesh)
+        check_parts(config, planned, mesh)
         report.check_profile(config.log.profile)
         stack.enter_context(hosts.Lock(workdir / ".lock"))
         phases.end("set-up")
@@ -68,7 +68,12 @@ def run(config: Config, workdir: Place, started: float, make: Make) -> dict[str,
     return summary
 
 
-def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
+def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a batch that does not divide over the mesh and the hosts.
+
+    Raises:
+        UserError: naming a size that would do.
+    """
     if config.optim.patience and not config.evaluate.every:
         raise UserError("optim.patience counts validations: set --config.evaluate.every too")
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate
@@ -85,7 +90,7 @@ def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def _check_parts(config: Config, task: Task, mesh: jax.sharding.Mesh) -> None:
+def check_parts(config: Config, task: Task, mesh: jax.sharding.Mesh) -> None:
     """Refuses a mesh that does not divide the parameters, and a batch that the task cannot work with."""
     try:
         step.abstract_state(trainer.recipe(config, task), mesh)

@@ -16,7 +16,7 @@ from tensorboardX import summary as board_summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
-from videomae_jax import sharding, storage
+from videomae_jax import hardware, storage
 from videomae_jax.config import UserError
 from videomae_jax.storage import Place
 
@@ -169,7 +169,7 @@ class Report:
         self.total, self.batch_size, self.every = total_steps, batch_size, every
         self._flops, self._peak = flops_per_clip, None
         if dtype == "bfloat16":
-            self._peak = sharding.peak_flops(jax.local_devices()[0].device_kind)
+            self._peak = hardware.peak_flops(jax.local_devices()[0].device_kind)
         self.last: dict[str, Any] = {}
         self._log = self._board = None
         if jax.process_index() == 0:

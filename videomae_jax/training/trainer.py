@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from videomae_jax import hosts, sharding, storage
-from videomae_jax.config import Config
+from videomae_jax.config import Config, Schedule
 from videomae_jax.data import pipeline
 from videomae_jax.training import checkpoint, feed, optim, report, step
 from videomae_jax.training.guard import Guard
@@ -34,6 +35,25 @@ def _recipe(
     """One object for equal settings, so that the state of a run is traced once."""
     tx = optim.adamw(betas, epsilon, decay, clip_norm, task.rate_factors, task.decays)
     return step.Recipe(task.init, tx, task.others, has_ema)
+
+
+def compiled_step(config: Config, task: Task, schedule: Schedule, mesh: Mesh, shardings: Any) -> Any:
+    """The step of a run; see `step.make_train_step`."""
+
+    def follow(others: Any, params: Any, done: jax.Array) -> Any:
+        return task.follow(others, params, done / schedule.total_steps)
+
+    return step.make_train_step(
+        task.terms,
+        recipe(config, task).tx,
+        optim.schedule(schedule.peak_lr, schedule.end_lr, schedule.warmup_steps, schedule.total_steps),
+        mesh,
+        shardings,
+        config.optim.accumulate,
+        config.optim.ema,
+        config.mesh.mapping,
+        follow,
+    )
 
 
 def names_of(state: step.TrainState) -> list[str]:
@@ -78,9 +98,8 @@ class Trainer:
             profile = report.Profile(self.files.folder, self.config.log.profile)
             batches = self._batches(start)
             try:
-                state, is_over = self._steps(
-                    state, self._compiled(shardings), root, batches, profile, interrupt
-                )
+                train_step = compiled_step(self.config, self.task, self.schedule, self.run.mesh, shardings)
+                state, is_over = self._steps(state, train_step, root, batches, profile, interrupt)
                 self.checkpoints.wait()
                 self.phases.end("steps")
             finally:
@@ -102,24 +121,6 @@ class Trainer:
         self.validation.best.restore(meta.get("best"))
         report.say(f"resuming from step {int(state.step)} in {self.checkpoints.folder}")
         return state, shardings
-
-    def _compiled(self, shardings: Any) -> Any:
-        settings, schedule, task = self.config.optim, self.schedule, self.task
-
-        def follow(others: Any, params: Any, done: jax.Array) -> Any:
-            return task.follow(others, params, done / schedule.total_steps)
-
-        return step.make_train_step(
-            task.terms,
-            recipe(self.config, task).tx,
-            optim.schedule(schedule.peak_lr, schedule.end_lr, schedule.warmup_steps, schedule.total_steps),
-            self.run.mesh,
-            shardings,
-            settings.accumulate,
-            settings.ema,
-            self.config.mesh.mapping,
-            follow,
-        )
 
     def _report(self, start: int) -> report.Report:
         return report.Report(

@@ -1,0 +1,429 @@
+"""The command `plan`: compiles a run's training step for devices that are not there, and says what bounds it.
+
+A bound is not a time: no step is faster than its matmuls at the data sheet's peak, its traffic with memory at
+full bandwidth, or its exchange over full links; a real one is slower than the slowest of the three.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+from jax.sharding import Mesh
+
+from videomae_jax import config as settings
+from videomae_jax import storage
+from videomae_jax.config import Config, Schedule, UserError
+from videomae_jax.data import pipeline
+from videomae_jax.data.sources import Record, Source
+from videomae_jax.hardware import Chip
+from videomae_jax.training import compute, loop, report, step, trainer
+from videomae_jax.training.ahead import Topology
+from videomae_jax.training.program import Bytes, Collective, Program
+from videomae_jax.training.task import Make, Task
+
+_SHARES = (1.0, 0.5, 0.35)  # of the bound
+_CPU_SECONDS = 0.0156  # of one prepared clip of 16 x 224 x 224, docs/performance.md
+_PLATFORMS = {"tpu": "tpu", "cuda": "gpu", "cpu": "cpu"}
+_REMAT = ("none", "dots", "full")
+_SAY_EVERY = 30  # seconds of compiling
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a step, per device.
+
+    Attributes:
+        trouble: why it does not compile; "": it does.
+        arguments, temporaries: bytes.
+        traffic: bytes that a step reads and writes.
+        collectives: what a step exchanges.
+    """
+
+    trouble: str = ""
+    arguments: int = 0
+    temporaries: int = 0
+    traffic: Bytes = dataclasses.field(default_factory=Bytes)
+    collectives: tuple[Collective, ...] = ()
+
+    def fits(self, chip: Chip | None) -> bool | None:
+        """Whether it fits the memory of a chip; None: there is no data sheet."""
+        if chip is None:
+            return None
+        return not self.trouble and self.arguments + self.temporaries <= chip.memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A run on devices that are not there: its settings as they are there, and what follows from them.
+
+    Attributes:
+        has_length: whether the schedule's steps are those of the run, or its epochs cannot be counted.
+    """
+
+    config: Config
+    task: Task
+    schedule: Schedule
+    has_length: bool
+    topology: Topology
+    mesh: Mesh
+
+    @property
+    def rows(self) -> int:
+        """Clips of a step on each device, or group of them that `tensor` puts together."""
+        return self.config.data.batch_size // (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+
+    @property
+    def share(self) -> float:
+        """Clips of a step for each device."""
+        return self.config.data.batch_size / self.mesh.size
+
+
+class _Imagined(Source):
+    """Videos that are not there, for the methods that ask for classes; none of them can be read."""
+
+    def __getitem__(self, index: int) -> Record:
+        return Record(video="", name="", label=0, record=index, error="only planned")
+
+
+def prepare(config: Config, make: Make, topology: Topology, videos: int, classes: int) -> Planned:
+    """The run that the settings name, on these devices.
+
+    Args:
+        videos: of the training part; 0: unknown.
+        classes: of a classifier.
+
+    Raises:
+        UserError: settings that do not fit together or these devices.
+    """
+    config = compute.settled(settings.checked(config), _PLATFORMS[topology.platform], None)
+    if config.mesh.mapping != "jit":
+        raise UserError("plan compiles the step of mesh.mapping=jit: leave it at that")
+    mesh = compute.make_mesh(config, topology.devices, topology.host)
+    loop.check_batch(config, mesh)
+    names = tuple(f"class {i}" for i in range(classes))
+    rows = tuple(tuple(float(i == j) for j in range(classes)) for i in range(classes))
+    has_targets = config.head.kind != "softmax"
+    source = _Imagined("", names, tuple(range(classes)), names, rows if has_targets else (), config.head.kind)
+    task = make(config, source, config.init_from)
+    loop.check_parts(config, task, mesh)
+    # Of unknown videos there is one step an epoch, which changes no program but by a constant.
+    schedule = settings.make_schedule(config, videos or config.data.batch_size)
+    has_length = videos > 0 or config.optim.unit == "steps"
+    return Planned(config, task, schedule, has_length, topology, mesh)
+
+
+def batch_shapes(task: Task, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch that the loader makes, from what it makes of a video that cannot be read."""
+    transform: Any = task.clip_transform
+    element = (0, Record(video="", name="", label=0, record=0, error="only planned"))
+    made = transform.random_map(element, np.random.default_rng(0))
+    fields = {name: np.asarray(value) for name, value in made.items() if name not in pipeline.HOST_ONLY}
+    shapes = {name: value.shape[1:] for name, value in fields.items()}  # the first axis: clips of a video
+    batch = {
+        name: jax.ShapeDtypeStruct((batch_size, *shapes[name]), fields[name].dtype) for name in sorted(fields)
+    }
+    head, classes = getattr(task.model, "head", "softmax"), getattr(task.model, "classes", ())
+    if head != "softmax":
+        batch["target"] = jax.ShapeDtypeStruct((batch_size, len(classes)), np.dtype("float32"))
+    return batch
+
+
+def compile_step(planned: Planned) -> Compiled:
+    """Compiles the step, or reads what came of it the last time, by the program's text."""
+    config, task, mesh = planned.config, planned.task, planned.mesh
+    state, shardings = step.abstract_state(trainer.recipe(config, task), mesh)
+    train_step = trainer.compiled_step(config, task, planned.schedule, mesh, shardings)
+    batch = batch_shapes(task, config.data.batch_size)
+    lowered = train_step.trace(state, batch, jax.eval_shape(lambda: jax.random.key(0))).lower()
+    described = [planned.topology.name, jax.__version__, jaxlib.__version__, lowered.as_text()]
+    key = hashlib.sha256("\n".join(described).encode()).hexdigest()
+    path = storage.cache() / "plans" / f"{key}.json"
+    if path.exists():
+        return _from_json(json.loads(path.read_text()))
+    with _Progress(f"compiling for {planned.topology.name}"):
+        try:
+            compiled = lowered.compile()
+        except Exception as error:  # compilers raise what they like
+            return Compiled(trouble=" ".join(str(error).split())[:300] or type(error).__name__)
+    memory, program = compiled.memory_analysis(), Program(compiled.as_text())
+    collectives = tuple(program.collectives(dict(mesh.shape)))
+    sizes = (memory.argument_size_in_bytes, memory.temp_size_in_bytes)
+    found = Compiled("", *sizes, program.bytes, collectives)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report.write_json(path, dataclasses.asdict(found))
+    return found
+
+
+def _from_json(data: dict[str, Any]) -> Compiled:
+    collectives = tuple(Collective(kind, tuple(axes), *rest) for kind, axes, *rest in data["collectives"])
+    return Compiled(**data | {"traffic": Bytes(*data["traffic"]), "collectives": collectives})
+
+
+class _Progress:
+    """Says every now and then that something slow goes on."""
+
+    def __init__(self, what: str):
+        self.what, self._is_over = what, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: Any) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        started = time.time()
+        while not self._is_over.wait(_SAY_EVERY):
+            report.say(f"{self.what}: {time.time() - started:.0f} s")
+
+
+def link_seconds(found: tuple[Collective, ...], mesh_shape: dict[str, int], chip: Chip, host: int) -> float:
+    """Seconds of a step's exchange, one after the other, by ring algorithms at full bandwidth.
+
+    Args:
+        host: devices that share fast links; all of a TPU slice do.
+    """
+    axes, total = tuple(mesh_shape), 0.0
+    for collective in found:
+        devices = math.prod(mesh_shape[axis] for axis in collective.axes)
+        if devices == 1:
+            continue
+        # An axis spans those to its right in the mesh, which are nearer neighbours.
+        outermost = min(axes.index(axis) for axis in collective.axes)
+        is_near = math.prod(tuple(mesh_shape.values())[outermost:]) <= host
+        rounds = {"all-reduce": 2 * (devices - 1) / devices, "collective-permute": 1.0}
+        share = rounds.get(collective.kind, (devices - 1) / devices)
+        bandwidth = chip.near_bandwidth if is_near else chip.far_bandwidth
+        total += collective.times * share * collective.bytes / bandwidth
+    return total
+
+
+def bounds(planned: Planned, compiled: Compiled) -> dict[str, float]:
+    """Clips per second and device that matmuls, memory and links each allow, by the data sheet."""
+    chip, config = planned.topology.chip, planned.config
+    if chip is None or compiled.trouble:
+        return {}
+    # What is computed again: all of the forward pass, a third of the whole.
+    flops = planned.task.flops_per_clip() * (4 / 3 if config.model.remat == "full" else 1)
+    near = chip.near if planned.topology.platform == "tpu" else planned.topology.host
+    exchange = link_seconds(compiled.collectives, dict(planned.mesh.shape), chip, near)
+    found = {
+        "matmuls": chip.flops / flops,
+        "memory": chip.bandwidth * planned.share / compiled.traffic.memory,
+    }
+    return found | ({"links": planned.share / exchange} if exchange else {})
+
+
+def largest_batch(planned: Planned, again: Callable[[int], tuple[Planned, Compiled]]) -> int:
+    """Clips per device that fit; memory grows evenly with them, so a second size tells, and a third is tried.
+
+    Args:
+        again: clips per device -> the run with them, compiled.
+    """
+    chip, unit = planned.topology.chip, planned.config.optim.accumulate * planned.task.clips_per_video
+    assert chip is not None
+
+    def needs(rows: int) -> float:
+        compiled = again(rows)[1]
+        total = compiled.arguments + compiled.temporaries
+        report.say(f"{rows} clips per device: {compiled.trouble or f'{total / 2**30:.2f} GiB'}")
+        return math.inf if compiled.trouble else total
+
+    low = max(planned.rows // 2 // unit * unit, unit)
+    high = max(planned.rows, 2 * unit)
+    few, many = needs(low), needs(high)
+    if not math.isfinite(few + many):
+        return low if few <= chip.memory else 0
+    each = (many - few) / (high - low)
+    guess = int((chip.memory - few) / each + low) // unit * unit
+    step = max(guess // 16 // unit, 1) * unit
+    while guess > 0 and needs(guess) > chip.memory:
+        guess -= step
+    return max(guess, 0)
+
+
+def run(
+    config: Config,
+    make: Make,
+    topology: Topology,
+    *,
+    videos: int = 0,
+    classes: int = 400,
+    fit: bool = False,
+) -> dict[str, Any]:
+    """Plans a run, prints what comes of it and returns it; see `prepare` for the arguments.
+
+    Raises:
+        UserError: as `prepare`.
+    """
+    planned = prepare(config, make, topology, videos, classes)
+    report.say(f"{config.task} on {topology.name}, mesh {_mesh_name(planned)}: {planned.task.describe()}")
+    compiled = compile_step(planned)
+    found = _figures(planned, compiled)
+    if fit and topology.chip and not compiled.trouble:
+
+        def again(rows: int) -> tuple[Planned, Compiled]:
+            other = config.copy_and_resolve_references()
+            other.data.batch_size = rows * planned.config.data.batch_size // planned.rows
+            changed = prepare(other, make, topology, videos, classes)
+            return changed, compile_step(changed)
+
+        found["largest_clips_per_device"] = largest_batch(planned, again)
+    found["advice"] = _advice(planned, compiled, found)
+    _print(found)
+    return found
+
+
+def _mesh_name(planned: Planned) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in planned.mesh.shape.items())
+
+
+def _figures(planned: Planned, compiled: Compiled) -> dict[str, Any]:
+    chip, config, schedule = planned.topology.chip, planned.config, planned.schedule
+    limits = bounds(planned, compiled)
+    by = min(limits, key=lambda name: limits[name]) if limits else None
+    rate = limits[by] if by else None
+    found: dict[str, Any] = {
+        "topology": planned.topology.name,
+        "devices": planned.mesh.size,
+        "mesh": dict(planned.mesh.shape),
+        "batch_size": config.data.batch_size,
+        "clips_per_device": planned.share,
+        "attention": config.model.attention,
+        "remat": config.model.remat,
+        "unroll": config.model.unroll,
+        "compiles": not compiled.trouble,
+        "trouble": compiled.trouble,
+        "fits": compiled.fits(chip),
+        "argument_gib": compiled.arguments / 2**30,
+        "temporary_gib": compiled.temporaries / 2**30,
+        "memory_gib": chip.memory / 2**30 if chip else None,
+        "flops_per_clip": planned.task.flops_per_clip(),
+        "bytes_per_clip": compiled.traffic.memory / planned.share,
+        "on_chip_bytes_per_clip": compiled.traffic.on_chip / planned.share,
+        "collectives": _collected(compiled.collectives),
+        "bounds": limits,
+        "bound_by": by,
+        "bound_clips_per_second_per_device": rate,
+        "steps": schedule.total_steps if planned.has_length else None,
+        "epochs": schedule.total_steps / schedule.steps_per_epoch if schedule.steps_per_epoch else None,
+        "jax": jax.__version__,
+    }
+    return found | (_durations(planned, rate) if rate else {})
+
+
+def _durations(planned: Planned, rate: float) -> dict[str, Any]:
+    """Hours and loader cores at shares of the bound; `rate` is in clips per second and device."""
+    data, devices = planned.config.data, planned.mesh.size
+    clips = planned.schedule.total_steps * data.batch_size if planned.has_length else 10**6
+    hours = clips / (rate * devices) / 3600
+    cpu = _CPU_SECONDS * data.frames * math.prod(data.size) / (16 * 224 * 224)
+    return {
+        "clips": clips,
+        "at": {
+            f"{share:.0%} of the bound": {
+                "hours": hours / share,
+                "chip_hours": hours * devices / share,
+                "loader_cores_per_host": rate * share * planned.topology.host * cpu,
+            }
+            for share in _SHARES
+        },
+    }
+
+
+def _collected(collectives: tuple[Collective, ...]) -> list[dict[str, Any]]:
+    """Counts and bytes by kind and axes."""
+    rows: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    for kind, axes, size, times in collectives:
+        row = rows.setdefault((kind, axes), [0, 0])
+        row[0] += times
+        row[1] += times * size
+    return [
+        {"kind": kind, "axes": list(axes), "times": times, "mib": size / 2**20}
+        for (kind, axes), (times, size) in sorted(rows.items())
+    ]
+
+
+def _advice(planned: Planned, compiled: Compiled, found: dict[str, Any]) -> list[str]:
+    """What to change first."""
+    model, chip = planned.config.model, planned.topology.chip
+    if compiled.trouble:
+        return ["--config.model.attention=xla is what every compiler takes"]
+    if chip is None:
+        return []
+    advice = []
+    if not found["fits"]:
+        if planned.rows > planned.config.optim.accumulate:
+            advice.append(
+                f"--config.optim.accumulate={2 * planned.config.optim.accumulate}: half the activations"
+            )
+        if model.remat != "full":
+            stronger = _REMAT[_REMAT.index(model.remat) + 1]
+            advice.append(f"--config.model.remat={stronger}: computes again what it does not keep")
+        if compiled.arguments > chip.memory / 3 and planned.mesh.shape["data"] > 1:
+            advice.append("--config.mesh.fsdp=N: parameters and optimizer in parts")
+        if planned.topology.platform == "cuda":
+            advice.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.92: JAX takes three quarters of a GPU by default")
+    best = compute.settled(_with_auto(planned.config), _PLATFORMS[planned.topology.platform], None)
+    if model.attention != best.model.attention:
+        advice.append(f"--config.model.attention=auto: {best.model.attention} here")
+    if found["fits"] and model.remat != "none":
+        advice.append("--config.model.remat=none, if it fits: nothing is computed twice")
+    if found["bound_by"] == "links":
+        advice.append("more clips per device, or fewer of the axes that the exchange is over")
+    if found["bound_by"] == "memory" and model.unroll < model.encoder.depth:
+        advice.append(
+            f"--config.model.unroll={model.encoder.depth}: no copies in and out of loops, a longer compile"
+        )
+    return advice
+
+
+def _with_auto(config: Config) -> Config:
+    other = config.copy_and_resolve_references()
+    other.model.attention = "auto"
+    return other
+
+
+def _print(found: dict[str, Any]) -> None:
+    say = report.say
+    if found["trouble"]:
+        say(f"does not compile: {found['trouble']}")
+    else:
+        limit = f" of {found['memory_gib']:.2f}" if found["memory_gib"] else ""
+        total = found["argument_gib"] + found["temporary_gib"]
+        fits = {True: "fits", False: "does NOT fit", None: "compiles"}[found["fits"]]
+        say(
+            f"{fits}: {total:.2f} GiB{limit} per device (state and batch {found['argument_gib']:.2f}, "
+            f"temporaries {found['temporary_gib']:.2f})"
+        )
+        on_chip = found["on_chip_bytes_per_clip"] / 1e9
+        say(
+            f"a clip: {found['flops_per_clip'] / 1e9:.0f} GFLOP of matmuls, "
+            f"{found['bytes_per_clip'] / 1e9:.2f} GB to and from memory"
+            + (f", {on_chip:.2f} on the chip" if on_chip else "")
+        )
+        for row in found["collectives"]:
+            axes = ", ".join(row["axes"])
+            say(f"a step: {row['times']} x {row['kind']} over {axes}, {row['mib']:.1f} MiB in all")
+    for name, rate in sorted(found["bounds"].items(), key=lambda item: item[1]):
+        say(f"bound by {name}: {rate:,.0f} clips/s per device")
+    for share, at in found.get("at", {}).items():
+        steps = f"{found['steps']:,} steps" if found["steps"] else "a million clips (--videos=N: of the run)"
+        say(
+            f"at {share}: {at['hours']:,.1f} h, {at['chip_hours']:,.0f} chip-hours for {steps}; the loader "
+            f"wants about {at['loader_cores_per_host']:,.0f} cores a host (prepared data)"
+        )
+    if "largest_clips_per_device" in found:
+        say(f"largest batch that fits: {found['largest_clips_per_device']} clips per device")
+    for line in found["advice"]:
+        say(f"try {line}")
