@@ -37,6 +37,7 @@ setup(
         "gcs": ["gcsfs", "google-cloud-storage"],  # gs:// paths; Orbax removes old checkpoints by the latter
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        "plan": ["jax[tpu]"],  # the TPU compiler needs no TPU; for GPUs `cuda` too
         "beam": ["apache-beam>=2.70"],  # pins older libraries: an environment of its own
         "viz": ["tensorboard"],
         "torch": ["decord>=0.6", "torch", "transformers>=4.40"],

@@ -61,6 +61,11 @@ if [[ "${1:-}" == --processes=* ]]; then
     exit 2
   fi
 fi
+# The compilers of `plan`: without their devices they take a few hundred MB, those of GPUs some GB.
+if [[ "${1:-}" == plan ]]; then
+  EXTRAS="${EXTRAS:+$EXTRAS,}plan"
+  [[ " $* " =~ --topology[=\ ](a100|h100|h200|b200): ]] && EXTRAS+=",cuda"
+fi
 install "${EXTRAS:-}"
 if ((processes > 1)); then
   # One process drives all GPUs of a machine; several are for trying out what several hosts do.

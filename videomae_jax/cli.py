@@ -1,6 +1,7 @@
 """The command line: parses flags, runs one command, and turns user errors into one line and status 2."""
 
 import json
+import logging
 import os
 import pathlib
 import re
@@ -276,6 +277,8 @@ def _plan(values: Any, _arguments: list[str], _started: float) -> None:
     # Before JAX looks for devices, and libtpu for the machine that it would be on.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    # A CUDA plugin complains at length that its GPU is not there.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
     import jax
 
     jax.config.update("jax_platforms", "cpu")

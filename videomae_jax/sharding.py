@@ -66,7 +66,7 @@ def start_hosts(hosts: str) -> None:
     jax.distributed.initialize(named[3], int(named[2]), int(named[1]))
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices of all hosts, or these; `data = -1` takes those that the others leave.
 
     Raises:

@@ -1,6 +1,7 @@
 """Softmax attention, computed in the ways that suit different machines and lengths."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def attend_in_tiles(
 
     kernel = _splash_kernel(heads, filled, size, interpret)
     of_clip = functools.partial(kernel, segment_ids=splash.SegmentIds(segments, segments))
-    out: jax.Array = jax.vmap(of_clip)(*map(fill_up, (q * width**-0.5, k, v)))
+    out: Any = jax.vmap(of_clip)(*map(fill_up, (q * width**-0.5, k, v)))
     return out[:, :, :tokens].astype(v.dtype)
 
 

@@ -5,7 +5,7 @@ can be read (memory, traffic, exchange: `program.Program`), not run.
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -63,7 +63,7 @@ class Topology(NamedTuple):
     name: str
     platform: str
     chip: Chip | None
-    devices: list[jax.Device]
+    devices: list[Any]
     host: int
 
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def settled(
         model.dtype = "float32" if platform == "cpu" else "bfloat16"
     widths = {stack.width // stack.num_heads for stack in (model.encoder, model.decoder)}
     wanted = model.attention
-    kind = _ATTENTION[platform, model.dtype] if wanted == "auto" else wanted
+    kind = _ATTENTION.get((platform, model.dtype), "xla") if wanted == "auto" else wanted
     if kind not in _KERNEL_OF:
         model.attention = kind
         return config
@@ -88,7 +89,7 @@ def try_kernels(kind: str, dtype: str, head_widths: tuple[int, ...]) -> str:
 
 
 def make_mesh(
-    config: Config, devices: Sequence[jax.Device] | None = None, host_devices: int = 0
+    config: Config, devices: Sequence[Any] | None = None, host_devices: int = 0
 ) -> jax.sharding.Mesh:
     """The mesh that the settings ask for.
 

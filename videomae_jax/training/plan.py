@@ -6,6 +6,7 @@ full bandwidth, or its exchange over full links; a real one is slower than the s
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
 import threading
@@ -14,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
 from jax.sharding import Mesh
 
@@ -143,7 +143,12 @@ def compile_step(planned: Planned) -> Compiled:
     train_step = trainer.compiled_step(config, task, planned.schedule, mesh, shardings)
     batch = batch_shapes(task, config.data.batch_size)
     lowered = train_step.trace(state, batch, jax.eval_shape(lambda: jax.random.key(0))).lower()
-    described = [planned.topology.name, jax.__version__, jaxlib.__version__, lowered.as_text()]
+    described = [
+        planned.topology.name,
+        jax.__version__,
+        importlib.metadata.version("jaxlib"),
+        lowered.as_text(),
+    ]
     key = hashlib.sha256("\n".join(described).encode()).hexdigest()
     path = storage.cache() / "plans" / f"{key}.json"
     if path.exists():
@@ -235,7 +240,7 @@ def largest_batch(planned: Planned, again: Callable[[int], tuple[Planned, Compil
 
     def needs(rows: int) -> float:
         compiled = again(rows)[1]
-        total = compiled.arguments + compiled.temporaries
+        total = float(compiled.arguments + compiled.temporaries)
         report.say(f"{rows} clips per device: {compiled.trouble or f'{total / 2**30:.2f} GiB'}")
         return math.inf if compiled.trouble else total
 

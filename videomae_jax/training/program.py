@@ -250,17 +250,17 @@ class Program:
             total = total.plus(size)
         return _same_place(total, whole)
 
-    def _trips(self, loop: _Instruction) -> int:
+    def _trips(self, loop: _Instruction) -> float:
         """How often a loop runs: as the compiler notes it, else the limit that its condition compares with.
 
         One that ends by what it has computed (a random draw that is repeated until it fits) counts once.
         """
         if known := _TRIPS.search(loop.text):
-            return int(known[1])
+            return float(known[1])
         condition = [i for name in loop.called("condition") for i in self._all_within(name)]
-        limits = [int(found[1]) for i in condition if (found := re.match(r"constant\((\d+)\)", i.text))]
+        limits = [float(found[1]) for i in condition if (found := re.match(r"constant\((\d+)\)", i.text))]
         is_counted = sum(i.opcode == "compare" for i in condition) == 1 and len(limits) == 1
-        return limits[0] if is_counted else 1
+        return limits[0] if is_counted else 1.0
 
     def _all_within(self, computation: str) -> Iterator[_Instruction]:
         for i in self._computations[computation].values():
