@@ -1,7 +1,6 @@
 """The command line: parses flags, runs one command, and turns user errors into one line and status 2."""
 
 import json
-import logging
 import os
 import pathlib
 import re
@@ -274,17 +273,10 @@ def _doctor_flags(values: flags.FlagValues) -> None:
 
 
 def _plan(values: Any, _arguments: list[str], _started: float) -> None:
-    # Before JAX looks for devices, and libtpu for the machine that it would be on.
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    # A CUDA plugin complains at length that its GPU is not there.
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
     from videomae_jax.tasks import table
     from videomae_jax.training import ahead, plan, report
 
+    ahead.without_devices()
     found = plan.run(
         values.config,
         table.make_task,

@@ -4,6 +4,8 @@ A TPU's compiler comes with libtpu, a GPU's with JAX's CUDA plugin; neither need
 can be read (memory, traffic, exchange: `program.Program`), not run.
 """
 
+import logging
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -65,6 +67,16 @@ class Topology(NamedTuple):
     chip: Chip | None
     devices: list[Any]
     host: int
+
+
+def without_devices() -> None:
+    """Keeps JAX, and libtpu, from looking for devices of this machine; before anything of JAX is used."""
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # without a TPU there is nothing to lock
+    # A CUDA plugin complains at length that its GPU is not there.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
+    jax.config.update("jax_platforms", "cpu")
 
 
 def parse(text: str) -> tuple[str, tuple[int, ...]]:
