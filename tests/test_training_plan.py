@@ -9,7 +9,7 @@ from conftest import load_config
 from videomae_jax import hardware, storage
 from videomae_jax.config import UserError
 from videomae_jax.tasks import table
-from videomae_jax.training import ahead, plan
+from videomae_jax.training import ahead, plan, rehearse
 from videomae_jax.training.program import Bytes, Collective
 
 
@@ -121,3 +121,17 @@ def test_settings_that_cannot_be_planned(cpus):
     config.model.attention = "splash"
     with pytest.raises(UserError, match=r"model.attention=splash does not work here"):
         plan.prepare(config, table.make_task, cpus, 0, 2)
+
+
+@pytest.mark.parametrize("task", ["pretrain", pytest.param("finetune", marks=pytest.mark.slow)])
+def test_ten_steps_on_this_machine(task, monkeypatch):
+    config = load_config("debug", f"task={task}")
+    found = rehearse.run(config, table.make_task, 5)
+    assert found["clips_per_second_per_device"] > 0
+    assert found["bounds"] == {}  # no data sheet of this machine
+    assert "1 clips per device on 8 x cpu" in found["text"]
+    known = rehearse.here()._replace(chip=hardware.CHIPS["v5e"])
+    monkeypatch.setattr(rehearse, "here", lambda: known)
+    found = rehearse.run(config, table.make_task, 5)
+    assert "of the bound by" in found["text"]
+    assert found["row"].count("|") == 8

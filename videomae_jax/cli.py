@@ -258,6 +258,8 @@ def _doctor(values: Any, _arguments: list[str], _started: float) -> None:
     from videomae_jax.config import UserError
 
     findings = doctor.run(values.data, values.workdir)
+    if values.config:
+        findings.append(_rehearsed(values))
     if values.out and hosts.is_writer():
         pathlib.Path(values.out).write_text(json.dumps([vars(found) for found in findings], indent=2) + "\n")
     broken = [found.check for found in findings if found.status == "fix"]
@@ -265,7 +267,21 @@ def _doctor(values: Any, _arguments: list[str], _started: float) -> None:
         raise UserError(f"doctor: {', '.join(broken)} must be mended, see above")
 
 
+def _rehearsed(values: Any) -> Any:
+    """Ten steps of a run, as a finding."""
+    from videomae_jax.apps import doctor
+    from videomae_jax.tasks import table
+    from videomae_jax.training import rehearse
+
+    found = rehearse.run(values.config, table.make_task, values.num_classes)
+    print(f"{'ok':8} {'steps':12} {found['text']}\nfor docs/performance.md: {found['row']}", flush=True)
+    return doctor.Finding("steps", "ok", found["text"])
+
+
 def _doctor_flags(values: flags.FlagValues) -> None:
+    text = "Ten steps of this run too, on clips that mean nothing: speed, and distance from the bound."
+    config_flags.DEFINE_config_file("config", None, text, flag_values=values)
+    flags.DEFINE_integer("num_classes", 400, "Classes of a classifier.", flag_values=values)
     flags.DEFINE_string("data", "", "Videos to look at, as in data.path.", flag_values=values)
     flags.DEFINE_string("workdir", ".", "Folder that a run would write.", flag_values=values)
     flags.DEFINE_string("out", "", "JSON file to write too.", flag_values=values)

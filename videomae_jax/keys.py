@@ -76,7 +76,9 @@ KEYS: dict[str, Key] = {
         is_free=True,
     ),
     "model.attention": Key(
-        "auto", "xla | blocks (CPU) | cudnn (NVIDIA, bfloat16) | auto (what works best here)", is_free=True
+        "auto",
+        "xla | blocks (CPU) | queries (GPU) | cudnn (GPU, bfloat16) | splash (TPU) | auto (of these)",
+        is_free=True,
     ),
     "head.kind": Key("softmax", "softmax (one class a video) | multilabel | regression", read_by=LABELLED),
     "head.pooling": Key("mean", "of tokens: mean | first", read_by=LABELLED),

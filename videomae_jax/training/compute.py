@@ -12,6 +12,9 @@ from videomae_jax.config import Config, UserError
 from videomae_jax.models import attention
 from videomae_jax.training import report
 
+Check = Callable[[str, str, tuple[int, ...]], str]
+"""(kernel, dtype, widths of heads) -> why it does not work, or ""."""
+
 _ATTENTION = {
     ("cpu", "float32"): "blocks",
     ("cpu", "bfloat16"): "blocks",
@@ -37,13 +40,11 @@ def on_this_machine(config: Config) -> Config:
     return settled(config, jax.default_backend(), try_kernels)
 
 
-def settled(
-    config: Config, platform: str, check: Callable[[str, str, tuple[int, ...]], str] | None
-) -> Config:
+def settled(config: Config, platform: str, check: Check | None) -> Config:
     """The settings with what "auto" means on "cpu", "gpu" or "tpu".
 
     Args:
-        check: (kernel, dtype, widths of heads) -> why it does not work, or ""; None: it does.
+        check: of the kernels of accelerators; None: they work.
 
     Raises:
         UserError: `model.attention` names a kernel that does not work there.

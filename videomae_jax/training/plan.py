@@ -93,17 +93,25 @@ class _Imagined(Source):
         return Record(video="", name="", label=0, record=index, error="only planned")
 
 
-def prepare(config: Config, make: Make, topology: Topology, videos: int, classes: int) -> Planned:
+def prepare(
+    config: Config,
+    make: Make,
+    topology: Topology,
+    videos: int,
+    classes: int,
+    check: compute.Check | None = None,
+) -> Planned:
     """The run that the settings name, on these devices.
 
     Args:
         videos: of the training part; 0: unknown.
         classes: of a classifier.
+        check: of kernels, see `compute.settled`.
 
     Raises:
         UserError: settings that do not fit together or these devices.
     """
-    config = compute.settled(settings.checked(config), _PLATFORMS[topology.platform], None)
+    config = compute.settled(settings.checked(config), _PLATFORMS[topology.platform], check)
     if config.mesh.mapping != "jit":
         raise UserError("plan compiles the step of mesh.mapping=jit: leave it at that")
     mesh = compute.make_mesh(config, topology.devices, topology.host)
@@ -158,13 +166,17 @@ def compile_step(planned: Planned) -> Compiled:
             compiled = lowered.compile()
         except Exception as error:  # compilers raise what they like
             return Compiled(trouble=" ".join(str(error).split())[:300] or type(error).__name__)
-    memory, program = compiled.memory_analysis(), Program(compiled.as_text())
-    collectives = tuple(program.collectives(dict(mesh.shape)))
-    sizes = (memory.argument_size_in_bytes, memory.temp_size_in_bytes)
-    found = Compiled("", *sizes, program.bytes, collectives)
+    found = read(compiled, mesh)
     path.parent.mkdir(parents=True, exist_ok=True)
     report.write_json(path, dataclasses.asdict(found))
     return found
+
+
+def read(compiled: Any, mesh: Mesh) -> Compiled:
+    """What a compiled step needs, moves and exchanges."""
+    memory, program = compiled.memory_analysis(), Program(compiled.as_text())
+    sizes = (memory.argument_size_in_bytes, memory.temp_size_in_bytes)
+    return Compiled("", *sizes, program.bytes, tuple(program.collectives(dict(mesh.shape))))
 
 
 def _from_json(data: dict[str, Any]) -> Compiled:
