@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from videomae_jax import hardware, keys, sharding
-from videomae_jax.models import masking, vit
+from videomae_jax.models import attention, masking, vit
 from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.mae import VideoMAEConfig
 from videomae_jax.tasks.finetune import Finetune
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--unroll", type=int, default=1)
     parser.add_argument("--remat", default="none", choices=["none", "dots", "full"])
-    parser.add_argument("--attention", default="xla", choices=["xla", "blocks", "cudnn"])
+    parser.add_argument("--attention", default="xla", choices=attention.KINDS)
     parser.add_argument("--peers", default="eager", help="eager, compiled, both by a comma, or empty")
     parser.add_argument("--compile-time", action="store_true")
     arguments = parser.parse_args()

@@ -58,12 +58,15 @@ _REMAT = {
 }
 
 
+_REARRANGES = ("all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "split")
+
+
 def _all_but_parameters(primitive: Any, *_: Any, **__: Any) -> bool:
     """Keeps all that is computed, but for gathered parameters and what merely rearranges or casts them.
 
     Without it the backward pass would keep the whole parameters of every block at once.
     """
-    return primitive.name not in ("all_gather", "convert_element_type", "reshape", "transpose", "squeeze")
+    return primitive.name not in _REARRANGES
 
 
 _COMPUTE = {"dtype": ("float32", "bfloat16"), "remat": tuple(_REMAT), "attention": KINDS}
