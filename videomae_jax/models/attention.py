@@ -35,7 +35,7 @@ def attend(
     if kind == "splash" and q.shape[2] > _SHORT and q.shape == k.shape:
         return attend_in_tiles(q, k, v)
     if kind == "blocks" and q.shape[2] > _BLOCK:
-        return _attend_in_blocks(q, k, v)
+        return _attend_head_by_head(q, k, v)
     if kind == "queries" and q.shape[2] > _BLOCK:
         return _attend_by_queries(q, k, v)
     return _attend_at_once(q, k, v)
@@ -50,39 +50,79 @@ def _attend_at_once(
     return jnp.einsum("banm,bame->bane", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
-def _attend_in_blocks(
+def _attend_head_by_head(
     q: Float[Array, "B A Q E"], k: Float[Array, "B A N E"], v: Float[Array, "B A N E"]
 ) -> Float[Array, "B A Q E"]:
-    """`attend` for a head and a block of queries after the other, each again in the backward pass."""
-    b, a, queries, width = q.shape
-    size = _block(queries)
-
-    def of_head(head: tuple[jax.Array, jax.Array, jax.Array]) -> Float[Array, "Q E"]:
-        blocks, keys, values = head
-
-        def of_block(block: Float[Array, "1 1 q E"]) -> Float[Array, "1 1 q E"]:
-            return _attend_at_once(block, keys[None, None], values[None, None])
-
-        return jax.lax.map(of_block, blocks.reshape(-1, 1, 1, size, width)).reshape(queries, width)
-
-    heads = tuple(x.reshape(b * a, -1, width) for x in (q, k, v))
-    return jax.lax.map(of_head, heads).reshape(q.shape)
+    """`_attend_by_queries` for a head after the other: what it works on stays in a CPU's cache."""
+    heads = tuple(x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    return jax.lax.map(lambda head: _attend_by_queries(*head), heads).reshape(q.shape)
 
 
-def _block(queries: int) -> int:
-    """The largest block that divides the queries; all of them where none does."""
-    fitting = [size for size in range(_BLOCK // 8, _BLOCK + 1) if queries % size == 0]
-    return max(fitting, default=queries)
-
-
+@jax.custom_vjp
 def _attend_by_queries(
-    q: Float[Array, "B A Q E"], k: Float[Array, "B A N E"], v: Float[Array, "B A N E"]
-) -> Float[Array, "B A Q E"]:
-    """`attend` for a block of queries of every head after the other, each again in the backward pass."""
-    size = _block(q.shape[2])
-    blocks = jnp.moveaxis(q.reshape(*q.shape[:2], -1, size, q.shape[3]), 2, 0)
-    out = jax.lax.map(lambda block: _attend_at_once(block, k, v), blocks)
-    return jnp.moveaxis(out, 0, 2).reshape(q.shape)
+    q: Float[Array, "*H Q E"], k: Float[Array, "*H N E"], v: Float[Array, "*H N E"]
+) -> Float[Array, "*H Q E"]:
+    """`attend` for a block of queries after the other; the backward pass makes each block's scores again.
+
+    It keeps the sum of each query's exponentials and needs no maximum (arXiv 2205.14135).
+    """
+    return _by_queries_forward(q, k, v)[0]
+
+
+def _scores(q: Float[Array, "*H q E"], k: Float[Array, "*H N E"]) -> Float[Array, "*H q N"]:
+    return _product("...qe,...ne->...qn", q * q.shape[-1] ** -0.5, k)
+
+
+def _product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Of what is cast to the dtype of `b`; summed in float32."""
+    return jnp.einsum(axes, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
+
+
+def _in_blocks(x: Float[Array, "*H Q E"]) -> Float[Array, "blocks *H q E"]:
+    """The largest blocks of at most 512 queries that divide them; all at once where none does."""
+    queries = x.shape[-2]
+    size = max((n for n in range(_BLOCK // 8, _BLOCK + 1) if queries % n == 0), default=queries)
+    return jnp.moveaxis(x.reshape(*x.shape[:-2], -1, size, x.shape[-1]), -3, 0)
+
+
+def _joined(blocks: Float[Array, "blocks *H q E"]) -> Float[Array, "*H Q E"]:
+    blocks = jnp.moveaxis(blocks, 0, -3)
+    return blocks.reshape(*blocks.shape[:-3], -1, blocks.shape[-1])
+
+
+def _by_queries_forward(q: jax.Array, k: jax.Array, v: jax.Array):
+    def of_block(block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scores = _scores(block, k)
+        largest = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = weights.sum(axis=-1, keepdims=True)
+        out = _product("...qn,...ne->...qe", weights, v) / total
+        return out.astype(q.dtype), largest + jnp.log(total)
+
+    out, log_total = (_joined(x) for x in jax.lax.map(of_block, _in_blocks(q)))
+    return out, (q, k, v, out, log_total)
+
+
+def _by_queries_backward(kept: tuple[jax.Array, ...], grad: jax.Array):
+    q, k, v, out, log_total = kept
+    level = jnp.sum(out.astype(jnp.float32) * grad, axis=-1, keepdims=True)
+
+    def of_block(sums: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]):
+        queries, logs, change, mean = block
+        weights = jnp.exp(_scores(queries, k) - logs)
+        of_scores = weights * (_product("...qe,...ne->...qn", change, v) - mean) * q.shape[-1] ** -0.5
+        of_v = _product("...qn,...qe->...ne", weights, change)
+        of_k = _product("...qn,...qe->...ne", of_scores, queries)
+        of_q = _product("...qn,...ne->...qe", of_scores, k)
+        return (sums[0] + of_k, sums[1] + of_v), of_q.astype(q.dtype)
+
+    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    blocks = tuple(map(_in_blocks, (q, log_total, grad, level)))
+    (of_k, of_v), of_q = jax.lax.scan(of_block, zeros, blocks)
+    return _joined(of_q), of_k.astype(k.dtype), of_v.astype(v.dtype)
+
+
+_attend_by_queries.defvjp(_by_queries_forward, _by_queries_backward)
 
 
 def tile(tokens: int) -> int:
