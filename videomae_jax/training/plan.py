@@ -163,13 +163,27 @@ def compile_step(planned: Planned) -> Compiled:
         return _from_json(json.loads(path.read_text()))
     with _Progress(f"compiling for {planned.topology.name}"):
         try:
-            compiled = lowered.compile()
+            compiled = _compiled(lowered)
         except Exception as error:  # compilers raise what they like
             return Compiled(trouble=" ".join(str(error).split())[:300] or type(error).__name__)
     found = read(compiled, mesh)
     path.parent.mkdir(parents=True, exist_ok=True)
     report.write_json(path, dataclasses.asdict(found))
     return found
+
+
+def _compiled(lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except Exception as error:
+        # On a device XLA tries its own matmuls against cuBLAS; without one it takes its own, even where it
+        # then finds no tiles.
+        if "output tile sizes" not in str(error):
+            raise
+        report.say(
+            "XLA finds no tiles for a matmul of its own, which it takes where no device tries: now by cuBLAS"
+        )
+        return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
 def read(compiled: Any, mesh: Mesh) -> Compiled:
@@ -374,9 +388,9 @@ def _collected(collectives: tuple[Collective, ...]) -> list[dict[str, Any]]:
 def _advice(planned: Planned, compiled: Compiled, found: dict[str, Any]) -> list[str]:
     """What to change first."""
     model, chip = planned.config.model, planned.topology.chip
-    if compiled.trouble:
-        return ["--config.model.attention=xla is what every compiler takes"]
-    if chip is None:
+    if compiled.trouble and model.attention != "xla":
+        return ["--config.model.attention=xla, if it is the kernel that does not compile"]
+    if chip is None or compiled.trouble:
         return []
     advice = []
     if not found["fits"]:
