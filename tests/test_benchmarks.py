@@ -14,7 +14,8 @@ from videomae_jax.training.program import Program
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
-@pytest.mark.parametrize("sizes", [*map(test_sharding.slow, [(8, 1, 1), (1, 8, 1)]), (2, 2, 2)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
 def test_collectives_of_the_compiled_step(sizes):
     """What a plan counts, loops included, is what data, fsdp and tensor parallelism must exchange."""
     task, mesh = test_sharding.PRETRAIN, mesh_of(*sizes)

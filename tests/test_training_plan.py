@@ -63,6 +63,7 @@ def test_bounds_and_hours_by_a_data_sheet(capsys):
     assert "bound by" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_said_and_the_largest_found(capsys):
     config = load_config("debug", "task=pretrain")
     config.data.batch_size = 64
