@@ -95,3 +95,20 @@ def test_a_pod_of_64_hosts_is_assembled_in_order():
     part = shardings.params["encoder"]["blocks"]["fc1"]["kernel"].shard_shape(kernel.shape)
     assert part == (1, 96, 3072)
     assert np.prod(part) * 8 == kernel.size
+
+
+@pytest.mark.parametrize(
+    ("text", "devices", "host", "memory"),
+    [
+        ("v5e:1x1", 1, 1, 15.75),
+        ("v5p:2x2x1", 4, 4, 95.74),
+        ("v4:2x2x2", 16, 8, 15.375),
+        ("v6e:2x4", 8, 4, 31.25),
+    ],
+)
+def test_slices(text, devices, host, memory):
+    """A v4 chip is two devices, each with half of it."""
+    found = topology(text)
+    assert (len(found.devices), found.host) == (devices, host)
+    assert found.chip.memory / 2**30 == memory
+    assert max(d.process_index for d in found.devices) == devices // host - 1

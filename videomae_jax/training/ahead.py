@@ -4,7 +4,10 @@ A TPU's compiler comes with libtpu, a GPU's with JAX's CUDA plugin; neither need
 can be read (memory, traffic, exchange: `program.Program`), not run.
 """
 
+import dataclasses
+import importlib.util
 import logging
+import math
 import os
 import re
 from typing import Any, NamedTuple
@@ -50,6 +53,7 @@ _GPUS = {
 }
 # As libtpu calls them, and how many axes their wiring has.
 _TPUS = {"v4": ("v4", 3), "v5e": ("v5e", 2), "v5p": ("v5", 3), "v6e": ("v6e", 2)}
+_COMPILERS = {"tpu": ("libtpu", "plan"), "cuda": ("jax_cuda12_plugin", "plan,cuda")}
 USAGE = "v5e:4x4, v6e:2x4, v5p:2x2x1, v4:2x2x2, h100:8, h200:4x8 (machines x GPUs), a100:1, b200:8 or cpu:2"
 
 
@@ -114,19 +118,31 @@ def topology(text: str) -> Topology:
         described = _tpus(name, shape) if platform == "tpu" else _gpus(name, shape)
     except Exception as error:  # plugins raise what they like
         reason = " ".join(str(error).split())[:200]
-        extra = "plan" if platform == "tpu" else "plan,cuda"
-        raise UserError(
-            f"--topology={text}: no compiler for it ({reason}): install it with EXTRAS={extra} "
-            f"launch/local.sh"
-        ) from None
-    chip = CHIPS[name]
-    host = chip.host if platform == "tpu" else shape[-1]
-    return Topology(text, platform, chip, list(described.devices), min(host, len(described.devices)))
+        package, extra = _COMPILERS[platform]
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--topology={text}: its compiler is not installed: EXTRAS={extra} launch/local.sh plan ..."
+            ) from None
+        raise UserError(f"--topology={text} is refused by its compiler ({reason}): use {USAGE}") from None
+    chip, devices = CHIPS[name], list(described.devices)
+    cores = len(devices) // math.prod(shape)
+    if cores > 1:  # of a v4 its two cores are described, each of which has half of the chip
+        chip = dataclasses.replace(
+            chip,
+            flops=chip.flops / cores,
+            memory=chip.memory / cores,
+            bandwidth=chip.bandwidth / cores,
+            near_bandwidth=chip.near_bandwidth / cores,
+        )
+    host = chip.host * cores if platform == "tpu" else shape[-1]
+    return Topology(text, platform, chip, devices, min(host, len(devices)))
 
 
 def _tpus(name: str, shape: tuple[int, ...]):
     spec = f"{_TPUS[name][0]}:{'x'.join(map(str, shape))}"
-    return topologies.get_topology_desc(spec, platform="tpu")
+    # A host has 2 x 2 chips; of less than that it has what there is.
+    bounds = tuple(min(size, most) for size, most in zip((*shape, 1)[:3], (2, 2, 1), strict=True))
+    return topologies.get_topology_desc(spec, platform="tpu", chips_per_host_bounds=bounds)
 
 
 def _gpus(name: str, shape: tuple[int, ...]):
