@@ -11,7 +11,7 @@ import pytest
 from conftest import load_config
 
 from videomae_jax.tasks import table
-from videomae_jax.training import ahead, plan, step, trainer
+from videomae_jax.training import ahead, planned, step, trainer
 
 pytestmark = pytest.mark.compile
 # Of one encoder and one decoder block and all else: temporaries, bytes per clip.
@@ -46,21 +46,21 @@ def base(clips: int, mesh: tuple[int, int, int] = (-1, 1, 1)):
     ids=["data", "fsdp", "tensor"],
 )
 def test_v5e(mesh, kinds):
-    planned = plan.prepare(base(64, mesh), table.make_task, topology("v5e:2x2"), 0, 400)
-    assert planned.config.model.attention == "splash"
-    found = plan.compile_step(planned)
+    this = planned.prepare(base(64, mesh), table.make_task, topology("v5e:2x2"), 0, 400)
+    assert this.config.model.attention == "splash"
+    found = planned.compile_step(this)
     assert not found.trouble
     assert {(c.kind, c.axes) for c in found.collectives if c.bytes > 64} <= kinds
-    assert found.fits(planned.topology.chip)
+    assert found.fits(this.topology.chip)
     if mesh == (4, 1, 1):
         assert found.temporaries / 2**30 < LIMIT_V5E_GIB
-        assert found.traffic.memory / planned.share / 1e9 < LIMIT_V5E_GB
+        assert found.traffic.memory / this.share / 1e9 < LIMIT_V5E_GB
 
 
 def test_h100():
-    planned = plan.prepare(base(64), table.make_task, topology("h100:1"), 0, 400)
-    assert planned.config.model.attention == "cudnn"
-    found = plan.compile_step(planned)
+    this = planned.prepare(base(64), table.make_task, topology("h100:1"), 0, 400)
+    assert this.config.model.attention == "cudnn"
+    found = planned.compile_step(this)
     assert not found.trouble
     assert found.temporaries / 2**30 < LIMIT_H100_GIB
     assert found.traffic.memory / 64 / 1e9 < LIMIT_H100_GB
@@ -69,23 +69,25 @@ def test_h100():
 
 def test_b200_has_the_fused_kernel_and_an_a100_in_float32_none():
     config = base(16)
-    assert not plan.compile_step(plan.prepare(config, table.make_task, topology("b200:1"), 0, 400)).trouble
+    assert not planned.compile_step(
+        planned.prepare(config, table.make_task, topology("b200:1"), 0, 400)
+    ).trouble
     config.model.dtype = "float32"
-    planned = plan.prepare(config, table.make_task, topology("a100:1"), 0, 400)
-    assert planned.config.model.attention == "queries"
-    assert not plan.compile_step(planned).trouble
+    this = planned.prepare(config, table.make_task, topology("a100:1"), 0, 400)
+    assert this.config.model.attention == "queries"
+    assert not planned.compile_step(this).trouble
 
 
 def test_a_pod_of_64_hosts_is_assembled_in_order():
     """Rows of a batch are those of each host in turn, and the state's parts those of the mesh."""
     pod = topology("v5e:16x16")
     config = base(2048, (32, 8, 1))
-    planned = plan.prepare(config, table.make_task, pod, 0, 400)
-    state, shardings = step.abstract_state(trainer.recipe(planned.config, planned.task), planned.mesh)
+    this = planned.prepare(config, table.make_task, pod, 0, 400)
+    state, shardings = step.abstract_state(trainer.recipe(this.config, this.task), this.mesh)
     assert len({device.process_index for device in pod.devices}) == 64
     from videomae_jax import sharding
 
-    rows = sharding.batch_sharding(planned.mesh)
+    rows = sharding.batch_sharding(this.mesh)
     shape = (2048, 16, 224, 224, 3)
     assert rows.shard_shape(shape) == (8, 16, 224, 224, 3)
     for device, index in rows.devices_indices_map(shape).items():

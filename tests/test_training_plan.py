@@ -9,7 +9,7 @@ from conftest import load_config
 from videomae_jax import hardware, storage
 from videomae_jax.config import UserError
 from videomae_jax.tasks import table
-from videomae_jax.training import ahead, plan, rehearse
+from videomae_jax.training import ahead, plan, planned, rehearse
 from videomae_jax.training.program import Bytes, Collective
 
 
@@ -68,7 +68,7 @@ def test_a_batch_that_does_not_fit_is_said_and_the_largest_found(capsys):
     config = load_config("debug", "task=pretrain")
     config.data.batch_size = 64
     topology = like("v5e")
-    needs = plan.compile_step(plan.prepare(config, table.make_task, topology, 0, 2))
+    needs = planned.compile_step(planned.prepare(config, table.make_task, topology, 0, 2))
     limit = needs.arguments + needs.temporaries - 1  # one byte too few
     small = topology.chip.__class__(**vars(topology.chip) | {"memory": float(limit)})
     found = plan.run(config, table.make_task, topology._replace(chip=small), fit=True)
@@ -82,15 +82,15 @@ def test_time_on_links():
     chip, mesh = hardware.CHIPS["h100"], {"data": 2, "fsdp": 8, "tensor": 1}
     near = (Collective("all-gather", ("fsdp",), 8 * 10**9, 2),)
     far = (Collective("all-reduce", ("data",), 10**9, 1),)
-    assert plan.link_seconds(near, mesh, chip, 8) == pytest.approx(2 * 7 / 8 * 8e9 / 450e9)
-    assert plan.link_seconds(far, mesh, chip, 8) == pytest.approx(1e9 / 50e9)
-    assert plan.link_seconds(far, mesh, chip, 16) == pytest.approx(1e9 / 450e9)
+    assert planned.link_seconds(near, mesh, chip, 8) == pytest.approx(2 * 7 / 8 * 8e9 / 450e9)
+    assert planned.link_seconds(far, mesh, chip, 8) == pytest.approx(1e9 / 50e9)
+    assert planned.link_seconds(far, mesh, chip, 16) == pytest.approx(1e9 / 450e9)
 
 
 def test_what_does_not_compile_is_a_result():
-    broken = plan.Compiled(trouble="VMEM limit exceeded")
+    broken = planned.Compiled(trouble="VMEM limit exceeded")
     assert broken.fits(hardware.CHIPS["v5e"]) is False
-    assert plan.Compiled("", 2**30, 2**30, Bytes(1.0)).fits(hardware.CHIPS["v5e"]) is True
+    assert planned.Compiled("", 2**30, 2**30, Bytes(1.0)).fits(hardware.CHIPS["v5e"]) is True
 
 
 @pytest.mark.parametrize(
@@ -114,14 +114,14 @@ def test_settings_that_cannot_be_planned(cpus):
     config = load_config("debug", "task=pretrain")
     config.mesh.mapping = "pmap"
     with pytest.raises(UserError, match=r"plan compiles the step of mesh.mapping=jit"):
-        plan.prepare(config, table.make_task, cpus, 0, 2)
+        planned.prepare(config, table.make_task, cpus, 0, 2)
     config.mesh.mapping = "jit"
     config.data.batch_size = 12
     with pytest.raises(UserError, match="does not divide over"):
-        plan.prepare(config, table.make_task, cpus, 0, 2)
+        planned.prepare(config, table.make_task, cpus, 0, 2)
     config.model.attention = "splash"
     with pytest.raises(UserError, match=r"model.attention=splash does not work here"):
-        plan.prepare(config, table.make_task, cpus, 0, 2)
+        planned.prepare(config, table.make_task, cpus, 0, 2)
 
 
 @pytest.mark.parametrize("task", ["pretrain", pytest.param("finetune", marks=pytest.mark.slow)])

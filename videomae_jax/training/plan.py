@@ -1,258 +1,21 @@
-"""The command `plan`: compiles a run's training step for devices that are not there, and says what bounds it.
+"""The command `plan`: what comes of a run on devices that are not there, said and returned."""
 
-A bound is not a time: no step is faster than its matmuls at the data sheet's peak, its traffic with memory at
-full bandwidth, or its exchange over full links; a real one is slower than the slowest of the three.
-"""
-
-import dataclasses
-import hashlib
-import importlib.metadata
-import json
 import math
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
-from videomae_jax import config as settings
-from videomae_jax import storage
-from videomae_jax.config import Config, Schedule, UserError
-from videomae_jax.data import pipeline
-from videomae_jax.data.sources import Record, Source
-from videomae_jax.hardware import Chip
-from videomae_jax.training import compute, loop, report, step, trainer
+from videomae_jax.config import Config
+from videomae_jax.training import compute, report
 from videomae_jax.training.ahead import Topology
-from videomae_jax.training.program import Bytes, Collective, Program
-from videomae_jax.training.task import Make, Task
+from videomae_jax.training.planned import PLATFORMS, Compiled, Planned, bounds, compile_step, prepare
+from videomae_jax.training.program import Collective
+from videomae_jax.training.task import Make
 
 _SHARES = (1.0, 0.5, 0.35)  # of the bound
 _CPU_SECONDS = 0.0156  # of one prepared clip of 16 x 224 x 224, docs/performance.md
-_PLATFORMS = {"tpu": "tpu", "cuda": "gpu", "cpu": "cpu"}
 _REMAT = ("none", "dots", "full")
-_SAY_EVERY = 30  # seconds of compiling
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of a step, per device.
-
-    Attributes:
-        trouble: why it does not compile; "": it does.
-        arguments, temporaries: bytes.
-        traffic: bytes that a step reads and writes.
-        collectives: what a step exchanges.
-    """
-
-    trouble: str = ""
-    arguments: int = 0
-    temporaries: int = 0
-    traffic: Bytes = dataclasses.field(default_factory=Bytes)
-    collectives: tuple[Collective, ...] = ()
-
-    def fits(self, chip: Chip | None) -> bool | None:
-        """Whether it fits the memory of a chip; None: there is no data sheet."""
-        if chip is None:
-            return None
-        return not self.trouble and self.arguments + self.temporaries <= chip.memory
-
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """A run on devices that are not there: its settings as they are there, and what follows from them.
-
-    Attributes:
-        has_length: whether the schedule's steps are those of the run, or its epochs cannot be counted.
-    """
-
-    config: Config
-    task: Task
-    schedule: Schedule
-    has_length: bool
-    topology: Topology
-    mesh: Mesh
-
-    @property
-    def rows(self) -> int:
-        """Clips of a step on each device, or group of them that `tensor` puts together."""
-        return self.config.data.batch_size // (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
-
-    @property
-    def share(self) -> float:
-        """Clips of a step for each device."""
-        return self.config.data.batch_size / self.mesh.size
-
-
-class _Imagined(Source):
-    """Videos that are not there, for the methods that ask for classes; none of them can be read."""
-
-    def __getitem__(self, index: int) -> Record:
-        return Record(video="", name="", label=0, record=index, error="only planned")
-
-
-def prepare(
-    config: Config,
-    make: Make,
-    topology: Topology,
-    videos: int,
-    classes: int,
-    check: compute.Check | None = None,
-) -> Planned:
-    """The run that the settings name, on these devices.
-
-    Args:
-        videos: of the training part; 0: unknown.
-        classes: of a classifier.
-        check: of kernels, see `compute.settled`.
-
-    Raises:
-        UserError: settings that do not fit together or these devices.
-    """
-    config = compute.settled(settings.checked(config), _PLATFORMS[topology.platform], check)
-    if config.mesh.mapping != "jit":
-        raise UserError("plan compiles the step of mesh.mapping=jit: leave it at that")
-    mesh = compute.make_mesh(config, topology.devices, topology.host)
-    loop.check_batch(config, mesh)
-    names = tuple(f"class {i}" for i in range(classes))
-    rows = tuple(tuple(float(i == j) for j in range(classes)) for i in range(classes))
-    has_targets = config.head.kind != "softmax"
-    source = _Imagined("", names, tuple(range(classes)), names, rows if has_targets else (), config.head.kind)
-    task = make(config, source, config.init_from)
-    loop.check_parts(config, task, mesh)
-    # Of unknown videos there is one step an epoch, which changes no program but by a constant.
-    schedule = settings.make_schedule(config, videos or config.data.batch_size)
-    has_length = videos > 0 or config.optim.unit == "steps"
-    return Planned(config, task, schedule, has_length, topology, mesh)
-
-
-def batch_shapes(task: Task, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch that the loader makes, from what it makes of a video that cannot be read."""
-    transform: Any = task.clip_transform
-    element = (0, Record(video="", name="", label=0, record=0, error="only planned"))
-    made = transform.random_map(element, np.random.default_rng(0))
-    fields = {name: np.asarray(value) for name, value in made.items() if name not in pipeline.HOST_ONLY}
-    shapes = {name: value.shape[1:] for name, value in fields.items()}  # the first axis: clips of a video
-    batch = {
-        name: jax.ShapeDtypeStruct((batch_size, *shapes[name]), fields[name].dtype) for name in sorted(fields)
-    }
-    head, classes = getattr(task.model, "head", "softmax"), getattr(task.model, "classes", ())
-    if head != "softmax":
-        batch["target"] = jax.ShapeDtypeStruct((batch_size, len(classes)), np.dtype("float32"))
-    return batch
-
-
-def compile_step(planned: Planned) -> Compiled:
-    """Compiles the step, or reads what came of it the last time, by the program's text."""
-    config, task, mesh = planned.config, planned.task, planned.mesh
-    state, shardings = step.abstract_state(trainer.recipe(config, task), mesh)
-    train_step = trainer.compiled_step(config, task, planned.schedule, mesh, shardings)
-    batch = batch_shapes(task, config.data.batch_size)
-    lowered = train_step.trace(state, batch, jax.eval_shape(lambda: jax.random.key(0))).lower()
-    described = [
-        planned.topology.name,
-        jax.__version__,
-        importlib.metadata.version("jaxlib"),
-        lowered.as_text(),
-    ]
-    key = hashlib.sha256("\n".join(described).encode()).hexdigest()
-    path = storage.cache() / "plans" / f"{key}.json"
-    if path.exists():
-        return _from_json(json.loads(path.read_text()))
-    with _Progress(f"compiling for {planned.topology.name}"):
-        try:
-            compiled = _compiled(lowered)
-        except Exception as error:  # compilers raise what they like
-            return Compiled(trouble=" ".join(str(error).split())[:300] or type(error).__name__)
-    found = read(compiled, mesh)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report.write_json(path, dataclasses.asdict(found))
-    return found
-
-
-def _compiled(lowered: Any) -> Any:
-    try:
-        return lowered.compile()
-    except Exception as error:
-        # On a device XLA tries its own matmuls against cuBLAS; without one it takes its own, even where it
-        # then finds no tiles.
-        if "output tile sizes" not in str(error):
-            raise
-        report.say(
-            "XLA finds no tiles for a matmul of its own, which it takes where no device tries: now by cuBLAS"
-        )
-        return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
-
-
-def read(compiled: Any, mesh: Mesh) -> Compiled:
-    """What a compiled step needs, moves and exchanges."""
-    memory, program = compiled.memory_analysis(), Program(compiled.as_text())
-    sizes = (memory.argument_size_in_bytes, memory.temp_size_in_bytes)
-    return Compiled("", *sizes, program.bytes, tuple(program.collectives(dict(mesh.shape))))
-
-
-def _from_json(data: dict[str, Any]) -> Compiled:
-    collectives = tuple(Collective(kind, tuple(axes), *rest) for kind, axes, *rest in data["collectives"])
-    return Compiled(**data | {"traffic": Bytes(*data["traffic"]), "collectives": collectives})
-
-
-class _Progress:
-    """Says every now and then that something slow goes on."""
-
-    def __init__(self, what: str):
-        self.what, self._is_over = what, threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: Any) -> None:
-        self._is_over.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        started = time.time()
-        while not self._is_over.wait(_SAY_EVERY):
-            report.say(f"{self.what}: {time.time() - started:.0f} s")
-
-
-def link_seconds(found: tuple[Collective, ...], mesh_shape: dict[str, int], chip: Chip, host: int) -> float:
-    """Seconds of a step's exchange, one after the other, by ring algorithms at full bandwidth.
-
-    Args:
-        host: devices that share fast links; all of a TPU slice do.
-    """
-    axes, total = tuple(mesh_shape), 0.0
-    for collective in found:
-        devices = math.prod(mesh_shape[axis] for axis in collective.axes)
-        if devices == 1:
-            continue
-        # An axis spans those to its right in the mesh, which are nearer neighbours.
-        outermost = min(axes.index(axis) for axis in collective.axes)
-        is_near = math.prod(tuple(mesh_shape.values())[outermost:]) <= host
-        rounds = {"all-reduce": 2 * (devices - 1) / devices, "collective-permute": 1.0}
-        share = rounds.get(collective.kind, (devices - 1) / devices)
-        bandwidth = chip.near_bandwidth if is_near else chip.far_bandwidth
-        total += collective.times * share * collective.bytes / bandwidth
-    return total
-
-
-def bounds(planned: Planned, compiled: Compiled) -> dict[str, float]:
-    """Clips per second and device that matmuls, memory and links each allow, by the data sheet."""
-    chip, config = planned.topology.chip, planned.config
-    if chip is None or compiled.trouble:
-        return {}
-    # What is computed again: all of the forward pass, a third of the whole.
-    flops = planned.task.flops_per_clip() * (4 / 3 if config.model.remat == "full" else 1)
-    near = chip.near if planned.topology.platform == "tpu" else planned.topology.host
-    exchange = link_seconds(compiled.collectives, dict(planned.mesh.shape), chip, near)
-    found = {
-        "matmuls": chip.flops / flops,
-        "memory": chip.bandwidth * planned.share / compiled.traffic.memory,
-    }
-    return found | ({"links": planned.share / exchange} if exchange else {})
 
 
 def largest_batch(planned: Planned, again: Callable[[int], tuple[Planned, Compiled]]) -> int:
@@ -405,7 +168,7 @@ def _advice(planned: Planned, compiled: Compiled, found: dict[str, Any]) -> list
             advice.append("--config.mesh.fsdp=N: parameters and optimizer in parts")
         if planned.topology.platform == "cuda":
             advice.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.92: JAX takes three quarters of a GPU by default")
-    best = compute.settled(_with_auto(planned.config), _PLATFORMS[planned.topology.platform], None)
+    best = compute.settled(_with_auto(planned.config), PLATFORMS[planned.topology.platform], None)
     if model.attention != best.model.attention:
         advice.append(f"--config.model.attention=auto: {best.model.attention} here")
     if found["fits"] and model.remat != "none":

@@ -9,7 +9,7 @@ import numpy as np
 
 from videomae_jax import hardware, sharding
 from videomae_jax.config import Config, UserError
-from videomae_jax.training import ahead, compute, plan, step, trainer
+from videomae_jax.training import ahead, compute, planned, step, trainer
 from videomae_jax.training.task import Make
 
 _STEPS = 10
@@ -37,14 +37,14 @@ def run(config: Config, make: Make, classes: int) -> dict[str, Any]:
     """
     if jax.process_count() > 1:
         raise UserError("doctor --config rehearses on one host: leave --hosts out")
-    planned = plan.prepare(config, make, here(), 0, classes, compute.try_kernels)
-    mesh, task = planned.mesh, planned.task
-    state, shardings = step.init_state(trainer.recipe(planned.config, task), mesh, config.seed)
-    train_step = trainer.compiled_step(planned.config, task, planned.schedule, mesh, shardings)
+    this = planned.prepare(config, make, here(), 0, classes, compute.try_kernels)
+    mesh, task = this.mesh, this.task
+    state, shardings = step.init_state(trainer.recipe(this.config, task), mesh, config.seed)
+    train_step = trainer.compiled_step(this.config, task, this.schedule, mesh, shardings)
     rng = np.random.default_rng(0)
     local = {
         name: rng.integers(0, 256, shape.shape, np.uint8) if name == "video" else _plain(name, shape)
-        for name, shape in plan.batch_shapes(task, planned.config.data.batch_size).items()
+        for name, shape in planned.batch_shapes(task, this.config.data.batch_size).items()
     }
     batch = sharding.global_batch(mesh, local)
     root = sharding.replicate(jax.random.key(config.seed), mesh)
@@ -55,7 +55,7 @@ def run(config: Config, make: Make, classes: int) -> dict[str, Any]:
         state, metrics = compiled(state, batch, root)
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - started)
-    return _figures(planned, plan.read(compiled, mesh), float(np.median(times[2:])))
+    return _figures(this, planned.read(compiled, mesh), float(np.median(times[2:])))
 
 
 def _plain(name: str, shape: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -65,13 +65,13 @@ def _plain(name: str, shape: jax.ShapeDtypeStruct) -> np.ndarray:
     return np.full(shape.shape, name == "weight", shape.dtype)
 
 
-def _figures(planned: plan.Planned, compiled: plan.Compiled, seconds: float) -> dict[str, Any]:
-    rate = planned.share / seconds
-    flops = rate * planned.task.flops_per_clip()
-    limits = plan.bounds(planned, compiled)
-    chip, name = planned.topology.chip, planned.topology.name
+def _figures(this: planned.Planned, compiled: planned.Compiled, seconds: float) -> dict[str, Any]:
+    rate = this.share / seconds
+    flops = rate * this.task.flops_per_clip()
+    limits = planned.bounds(this, compiled)
+    chip, name = this.topology.chip, this.topology.name
     text = (
-        f"{planned.config.task}, {planned.share:g} clips per device on {name}: {rate:.1f} clips/s per device "
+        f"{this.config.task}, {this.share:g} clips per device on {name}: {rate:.1f} clips/s per device "
         f"({1e3 * seconds:.0f} ms a step), {flops / 1e12:.2f} TFLOP/s"
     )
     use = bound = ""
@@ -80,7 +80,5 @@ def _figures(planned: plan.Planned, compiled: plan.Compiled, seconds: float) -> 
         use, bound = f"{flops / chip.flops:.1%}", f"{limits[by]:.0f} ({by})"
         text += f", {use} of the peak, {rate / limits[by]:.0%} of the bound by {by}"
     today = datetime.date.today().isoformat()
-    row = (
-        f"| {today} | {name} | {planned.task.describe()} | {planned.share:g} | {rate:.1f} | {use} | {bound} |"
-    )
+    row = f"| {today} | {name} | {this.task.describe()} | {this.share:g} | {rate:.1f} | {use} | {bound} |"
     return {"text": text, "row": row, "clips_per_second_per_device": rate, "bounds": limits}
