@@ -1,5 +1,6 @@
 """Prepared data: exact frames, the same bytes whoever writes them, resumable, checked."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -335,6 +336,29 @@ def test_targets_are_prepared(tmp_path):
         np.testing.assert_allclose([record["target"] for record in stored], targets)
         with pytest.raises(sources.SourceError, match=f"is prepared for {head}, not for head.kind=softmax"):
             prepared.open_source(str(tmp_path / head), "train")
+
+
+def test_shards_are_opened_by_one_thread_at_a_time(monkeypatch):
+    """TFDS's lazy imports, begun by two threads at once, can stand still for ever."""
+    inside, most, made = [], [], []
+
+    class Slow(prepared._Shards):
+        def __init__(self, root, split):
+            inside.append(split)
+            most.append(len(inside))
+            time.sleep(0.05)
+            made.append((root, split))
+            inside.pop()
+
+    monkeypatch.setattr(prepared, "_Shards", Slow)
+    prepared._opened.cache_clear()
+    wanted = [("here", split) for split in ("train", "train", "test", "test")]
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda pair: prepared._shards(*pair), wanted))
+    prepared._opened.cache_clear()
+    assert max(most) == 1
+    assert sorted(made) == [("here", "test"), ("here", "train")]
+    assert found[0] is found[1]
 
 
 def test_more_shards_than_files_may_be_open(tmp_path):

@@ -109,5 +109,5 @@ def test_prepared_data_in_a_bucket(bucket, endpoint, tmp_path):
         f"set/own-train.array_record-0000{i}-of-00003" for i in (0, 1, 2)
     }
     (bucket / "set" / "own-train.array_record-00001-of-00003").unlink()
-    prepared._shards.cache_clear()
+    prepared._opened.cache_clear()
     assert "own-train.array_record-00001-of-00003, record 0 (2.mp4): cannot be read" in remote[2]["error"]

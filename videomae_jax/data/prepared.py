@@ -168,8 +168,18 @@ class _Shards:
         return reader
 
 
-@functools.lru_cache(maxsize=8)
 def _shards(root: str, split: str) -> _Shards:
+    # TFDS imports parts of itself when they are first used, and two threads that do so at once can each wait
+    # for the other for ever.
+    with _OPENING:
+        return _opened(root, split)
+
+
+_OPENING = threading.Lock()
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(root: str, split: str) -> _Shards:
     return _Shards(root, split)
 
 
