@@ -52,6 +52,7 @@ def test_v5e(mesh, kinds):
     assert not found.trouble
     assert {(c.kind, c.axes) for c in found.collectives if c.bytes > 64} <= kinds
     assert found.fits(this.topology.chip)
+    assert not found.talks_to_host
     if mesh == (4, 1, 1):
         assert found.temporaries / 2**30 < LIMIT_V5E_GIB
         assert found.traffic.memory / this.share / 1e9 < LIMIT_V5E_GB
@@ -65,6 +66,7 @@ def test_h100():
     assert found.temporaries / 2**30 < LIMIT_H100_GIB
     assert found.traffic.memory / 64 / 1e9 < LIMIT_H100_GB
     assert not found.collectives
+    assert not found.talks_to_host
 
 
 def test_b200_has_the_fused_kernel_and_an_a100_in_float32_none():

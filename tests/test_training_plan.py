@@ -41,6 +41,8 @@ def test_a_plan_without_data(task, cpus, capsys):
     assert {row["kind"] for row in found["collectives"]} >= {"all-reduce"}
     assert all(set(row["axes"]) <= {"data"} for row in found["collectives"])
     json.dumps(found)
+    assert found["talks_to_host"] is False
+    assert found["movers"][0]["bytes_per_clip"] < found["bytes_per_clip"]
     said = capsys.readouterr().out
     assert "GFLOP of matmuls" in said
     # The program is known now: nothing is compiled again.

@@ -86,6 +86,32 @@ def test_tiles_memories_and_groups():
     assert program.bytes.on_chip == 8 * 128 * 4
 
 
+def test_what_moves_most():
+    def both(x, y):
+        with jax.named_scope("large"):
+            large = x @ x
+        with jax.named_scope("small"):
+            small = y @ y
+        return large, small
+
+    (first, most), (second, less) = compiled(both, (SIDE, SIDE), (SIDE // 2, SIDE // 2)).movers(2)
+    assert "large" in first
+    assert "small" in second
+    assert most == 4 * less == 2 * MATRIX  # one operand, one result
+
+
+def test_a_step_that_calls_back_talks_to_the_host():
+    def quiet(x):
+        return x + 1
+
+    def loud(x):
+        jax.debug.callback(lambda _: None, x)
+        return x + 1
+
+    assert not compiled(quiet, (SIDE,)).talks_to_host
+    assert compiled(loud, (SIDE,)).talks_to_host
+
+
 def test_collectives_of_a_mapped_program():
     mesh = mesh_of(2, 2, 2)
     whole, rows = PartitionSpec(), PartitionSpec(("data", "fsdp"))

@@ -10,8 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Float
 
 KINDS = ("xla", "blocks", "queries", "cudnn", "splash")
-_BLOCK = 512  # queries at a time; fewer gain nothing
-_SHORT = 512  # tokens whose scores a TPU holds beside everything else; see docs/performance.md
+_BLOCK = 512  # queries at a time; fewer gain nothing, and so few tokens need no parts
 _LANES = 128
 _TPU_BLOCK = 1024  # tokens; larger ones exceed the 16 MiB of VMEM, found by compiling
 
@@ -32,7 +31,7 @@ def attend(
     if kind == "cudnn":
         q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").transpose(0, 2, 1, 3)
-    if kind == "splash" and q.shape[2] > _SHORT and q.shape == k.shape:
+    if kind == "splash" and q.shape[2] > _BLOCK and q.shape == k.shape:
         return attend_in_tiles(q, k, v)
     if kind == "blocks" and q.shape[2] > _BLOCK:
         return _attend_head_by_head(q, k, v)

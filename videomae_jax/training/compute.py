@@ -24,8 +24,8 @@ _ATTENTION = {
     ("gpu", "bfloat16"): "cudnn",
 }
 """(platform, dtype) -> what `model.attention=auto` means; how short sequences are computed the kinds know."""
-_INSTEAD = {"cudnn": "queries", "splash": "queries"}
-"""What takes the place of a kernel that does not work on a device of its platform."""
+_INSTEAD = "queries"
+"""What takes the place of a kernel that does not work."""
 _KERNEL_OF = {"cudnn": "gpu", "splash": "tpu"}
 
 
@@ -67,7 +67,7 @@ def settled(config: Config, platform: str, check: Check | None) -> Config:
             f"model.attention={wanted} does not work here with {model.dtype} ({trouble}): set it to auto"
         )
     if trouble:
-        kind = _INSTEAD[kind]
+        kind = _INSTEAD
         report.say(f"model.attention=auto: the fused kernel does not work here, using {kind} ({trouble})")
     model.attention = kind
     return config

@@ -15,6 +15,7 @@ from videomae_jax.training.task import Make
 
 _SHARES = (1.0, 0.5, 0.35)  # of the bound
 _CPU_SECONDS = 0.0156  # of one prepared clip of 16 x 224 x 224, docs/performance.md
+_SHOWN = 3  # of what moves most
 _REMAT = ("none", "dots", "full")
 
 
@@ -105,6 +106,8 @@ def _figures(planned: Planned, compiled: Compiled) -> dict[str, Any]:
         "flops_per_clip": planned.task.flops_per_clip(),
         "bytes_per_clip": compiled.traffic.memory / planned.share,
         "on_chip_bytes_per_clip": compiled.traffic.on_chip / planned.share,
+        "movers": [{"what": what, "bytes_per_clip": size / planned.share} for what, size in compiled.movers],
+        "talks_to_host": compiled.talks_to_host,
         "collectives": _collected(compiled.collectives),
         "bounds": limits,
         "bound_by": by,
@@ -206,6 +209,8 @@ def _print(found: dict[str, Any]) -> None:
             f"{found['bytes_per_clip'] / 1e9:.2f} GB to and from memory"
             + (f", {on_chip:.2f} on the chip" if on_chip else "")
         )
+        for row in found["movers"][:_SHOWN]:
+            say(f"  {row['bytes_per_clip'] / 1e9:.3f} GB of it, in all memories: {row['what']}")
         for row in found["collectives"]:
             axes = ", ".join(row["axes"])
             say(f"a step: {row['times']} x {row['kind']} over {axes}, {row['mib']:.1f} MiB in all")

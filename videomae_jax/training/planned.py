@@ -30,6 +30,8 @@ from videomae_jax.training.task import Make, Task
 
 PLATFORMS = {"tpu": "tpu", "cuda": "gpu", "cpu": "cpu"}
 _SAY_EVERY = 30  # seconds of compiling
+_MOVERS = 12  # kinds of traffic that are kept
+_FORMAT = "2"  # of what is kept of a program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Compiled:
         arguments, temporaries: bytes.
         traffic: bytes that a step reads and writes.
         collectives: what a step exchanges.
+        movers: what moves most of the traffic, and its bytes.
+        talks_to_host: whether a step waits for the host.
     """
 
     trouble: str = ""
@@ -48,6 +52,8 @@ class Compiled:
     temporaries: int = 0
     traffic: Bytes = dataclasses.field(default_factory=Bytes)
     collectives: tuple[Collective, ...] = ()
+    movers: tuple[tuple[str, float], ...] = ()
+    talks_to_host: bool = False
 
     def fits(self, chip: Chip | None) -> bool | None:
         """Whether it fits the memory of a chip; None: there is no data sheet."""
@@ -144,10 +150,11 @@ def compile_step(planned: Planned) -> Compiled:
     """Compiles the step, or reads what came of it the last time, by the program's text."""
     config, task, mesh = planned.config, planned.task, planned.mesh
     state, shardings = step.abstract_state(trainer.recipe(config, task), mesh)
-    train_step = trainer.compiled_step(config, task, planned.schedule, mesh, shardings)
+    train_step = trainer.make_step(config, task, planned.schedule, mesh, shardings)
     batch = batch_shapes(task, config.data.batch_size)
     lowered = train_step.trace(state, batch, jax.eval_shape(lambda: jax.random.key(0))).lower()
     described = [
+        _FORMAT,
         planned.topology.name,
         jax.__version__,
         importlib.metadata.version("jaxlib"),
@@ -186,12 +193,15 @@ def read(compiled: Any, mesh: Mesh) -> Compiled:
     """What a compiled step needs, moves and exchanges."""
     memory, program = compiled.memory_analysis(), Program(compiled.as_text())
     sizes = (memory.argument_size_in_bytes, memory.temp_size_in_bytes)
-    return Compiled("", *sizes, program.bytes, tuple(program.collectives(dict(mesh.shape))))
+    collectives = tuple(program.collectives(dict(mesh.shape)))
+    movers = tuple(program.movers(_MOVERS))
+    return Compiled("", *sizes, program.bytes, collectives, movers, program.talks_to_host)
 
 
 def _from_json(data: dict[str, Any]) -> Compiled:
     collectives = tuple(Collective(kind, tuple(axes), *rest) for kind, axes, *rest in data["collectives"])
-    return Compiled(**data | {"traffic": Bytes(*data["traffic"]), "collectives": collectives})
+    read_back = {"traffic": Bytes(*data["traffic"]), "collectives": collectives}
+    return Compiled(**data | read_back | {"movers": tuple((what, size) for what, size in data["movers"])})
 
 
 class _Progress:

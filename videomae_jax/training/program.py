@@ -4,6 +4,7 @@ Instructions of loops count as often as the loop runs; of an operand that an ins
 slice counts, of a result that it only updates, the update.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -29,6 +30,8 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id")
 _FREE += ("replica-id", "optimization-barrier", "add-dependency")
 _NAMES_A_BUFFER = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
+_MADE_FOR = re.compile(r'op_name="(?:jit\(\w+\)/)?([^"]*)"')
+_TO_HOST = ("send", "recv", "infeed", "outfeed")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -147,15 +150,15 @@ class Program:
             total = total.plus(self._traffic(computation, instruction))
         return total
 
-    def by_instruction(self) -> list[tuple[str, str, float, Bytes]]:
-        """(computation, text, times, bytes of one) of everything that moves bytes, most first."""
-        rows = [
-            (computation, f"{i.shape} {i.text}", times, self._traffic(computation, i))
-            for computation, times in self._running()
-            for i in self._computations[computation].values()
-            if i.opcode not in ("while", "conditional", "call")
-        ]
-        return sorted(rows, key=lambda row: -row[2] * sum(row[3]))
+    def movers(self, count: int) -> list[tuple[str, float]]:
+        """What moves most: the operation of the source it was made for, and its bytes, on the chip too."""
+        moved: collections.Counter[str] = collections.Counter()
+        for computation, times in self._running():
+            for i in self._computations[computation].values():
+                if i.opcode not in ("while", "conditional", "call"):
+                    made_for = _MADE_FOR.search(i.text)
+                    moved[made_for[1] if made_for else i.opcode] += times * sum(self._traffic(computation, i))
+        return moved.most_common(count)
 
     def _running(self) -> Iterator[tuple[str, float]]:
         """Computations whose instructions run by themselves, and how often."""
@@ -257,14 +260,16 @@ class Program:
         """
         if known := _TRIPS.search(loop.text):
             return float(known[1])
-        condition = [i for name in loop.called("condition") for i in self._all_within(name)]
+        condition = [i for name in loop.called("condition") for i, _ in self._all_within(name)]
         limits = [float(found[1]) for i in condition if (found := re.match(r"constant\((\d+)\)", i.text))]
         is_counted = sum(i.opcode == "compare" for i in condition) == 1 and len(limits) == 1
         return limits[0] if is_counted else 1.0
 
-    def _all_within(self, computation: str) -> Iterator[_Instruction]:
-        for i in self._computations[computation].values():
-            yield i
+    def _all_within(self, computation: str) -> Iterator[tuple[_Instruction, float]]:
+        """Each instruction, those of fusions too, and the bytes of its operands."""
+        defined = self._computations[computation]
+        for i in defined.values():
+            yield i, sum(sum(_size(defined[name].shape)) for name in i.operands if name in defined)
             for name in i.called("calls", "to_apply"):
                 yield from self._all_within(name)
 
@@ -272,27 +277,20 @@ class Program:
         """What devices of a mesh say to each other in one run."""
         found: list[Collective] = []
         for computation, times in self._running():
-            for i in self._all_within(computation):
+            for i, size in self._all_within(computation):
                 kind = i.opcode.removesuffix("-start")
                 if kind not in _COLLECTIVES:
                     continue
-                axes = _axes(_groups(i.text, math.prod(mesh_shape.values())), mesh_shape)
-                size = self._exchanged(i, kind)
-                found.append(Collective(kind, axes, int(size), int(times)))
+                groups = _groups(i.text, math.prod(mesh_shape.values()))
+                parts = len(groups[0]) if kind == "all-gather" else 1
+                found.append(Collective(kind, _axes(groups, mesh_shape), int(size * parts), int(times)))
         return found
 
-    def _exchanged(self, i: _Instruction, kind: str) -> float:
-        """Bytes of the whole array."""
-        definers = {x.name: x for c in self._computations.values() for x in c.values()}
-        operands = sum(sum(_size(definers[name].shape)) for name in i.operands if name in definers)
-        if kind != "all-gather":
-            return operands
-        groups = _groups(i.text, 1)
-        return operands * len(groups[0])
-
-    def has(self, *opcodes: str) -> bool:
-        """Whether an instruction of these kinds is anywhere in it."""
-        return any(i.opcode in opcodes for c in self._computations.values() for i in c.values())
+    @property
+    def talks_to_host(self) -> bool:
+        """Whether a step waits for the host: it sends or receives, or calls Python back."""
+        instructions = [i for each in self._computations.values() for i in each.values()]
+        return any(i.opcode in _TO_HOST or "_callback" in i.text for i in instructions)
 
 
 def _same_place(size: Bytes, where: Bytes) -> Bytes:

@@ -40,7 +40,7 @@ def run(config: Config, make: Make, classes: int) -> dict[str, Any]:
     this = planned.prepare(config, make, here(), 0, classes, compute.try_kernels)
     mesh, task = this.mesh, this.task
     state, shardings = step.init_state(trainer.recipe(this.config, task), mesh, config.seed)
-    train_step = trainer.compiled_step(this.config, task, this.schedule, mesh, shardings)
+    train_step = trainer.make_step(this.config, task, this.schedule, mesh, shardings)
     rng = np.random.default_rng(0)
     local = {
         name: rng.integers(0, 256, shape.shape, np.uint8) if name == "video" else _plain(name, shape)

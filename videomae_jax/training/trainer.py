@@ -37,7 +37,7 @@ def _recipe(
     return step.Recipe(task.init, tx, task.others, has_ema)
 
 
-def compiled_step(config: Config, task: Task, schedule: Schedule, mesh: Mesh, shardings: Any) -> Any:
+def make_step(config: Config, task: Task, schedule: Schedule, mesh: Mesh, shardings: Any) -> Any:
     """The step of a run; see `step.make_train_step`."""
 
     def follow(others: Any, params: Any, done: jax.Array) -> Any:
@@ -98,7 +98,7 @@ class Trainer:
             profile = report.Profile(self.files.folder, self.config.log.profile)
             batches = self._batches(start)
             try:
-                train_step = compiled_step(self.config, self.task, self.schedule, self.run.mesh, shardings)
+                train_step = make_step(self.config, self.task, self.schedule, self.run.mesh, shardings)
                 state, is_over = self._steps(state, train_step, root, batches, profile, interrupt)
                 self.checkpoints.wait()
                 self.phases.end("steps")
