@@ -16,7 +16,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8.6,<0.9",  # its own reader of gs:// is tested with this one
-        "av>=18",
+        "av>=18,<19",  # 19 decodes tags by itself and takes no metadata_errors
         "etils[epath]>=1.9",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
