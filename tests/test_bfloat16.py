@@ -114,8 +114,9 @@ def fast_norm(x, scale, bias, epsilon, dtype):
     return ((wide - mean) * jax.lax.rsqrt(variance + epsilon) * scale + bias).astype(dtype)
 
 
-def bfloat16_target(raw, channels, _normalize):
-    pixels = (raw.astype(jnp.bfloat16) / 255).reshape(*raw.shape[:-1], -1, channels)
+def bfloat16_target(video, indices, tubelet, _normalize):
+    raw = tubelets.take(tubelets.patchify(video, tubelet), indices)
+    pixels = (raw.astype(jnp.bfloat16) / 255).reshape(*raw.shape[:-1], -1, video.shape[-1])
     return ((pixels - pixels.mean(-2, keepdims=True)) / pixels.std(-2, keepdims=True, ddof=1)).reshape(
         raw.shape
     )
@@ -132,7 +133,10 @@ def bfloat16_bias(x, bias):
 MUTANTS = {
     "scores": (("pretrain", "bfloat16", 0.0), (vit, "attend", bfloat16_scores)),
     "fast variance": (("finetune", "float32", 1e3), (layers, "layer_norm", fast_norm)),
-    "pretraining loss": (("pretrain", "bfloat16", 0.0), (tubelets, "reconstruction_target", bfloat16_target)),
+    "pretraining loss": (
+        ("pretrain", "bfloat16", 0.0),
+        (tubelets, "reconstruction_targets", bfloat16_target),
+    ),
     "finetuning loss": (("finetune", "bfloat16", 0.0), (losses, "output_losses", bfloat16_losses)),
     "bias": (("finetune", "bfloat16", 0.0), (layers, "add_bias", bfloat16_bias)),
 }

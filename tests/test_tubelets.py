@@ -46,6 +46,30 @@ def test_a_constant_tubelet_has_a_zero_target():
     np.testing.assert_allclose(target, 0, atol=0.1)  # rounding of the mean, divided by epsilon
 
 
+def test_targets_of_whole_frames(rng):
+    """Statistics from integer sums are those of float64, of clips of any contrast and of one bright pixel."""
+    noise = rng.integers(0, 256, (2, 4, 12, 16, 3))
+    spots = np.full_like(noise, 100) + (noise > 254) * 155
+    for video in (noise, 200 + noise // 100, spots):
+        video = jnp.asarray(video.astype(np.uint8))
+        indices = jnp.asarray([[3, 0, 11], [7, 1, 2]], jnp.int32)
+        raw = np.asarray(tubelets.take(tubelets.patchify(video, (2, 4, 8)), indices), np.float64)
+        voxels = raw.reshape(2, 3, 64, 3) / 255
+        expected = voxels - voxels.mean(2, keepdims=True)
+        expected /= voxels.std(2, ddof=1, keepdims=True) + 1e-6
+        target = tubelets.reconstruction_targets(video, indices, (2, 4, 8), True)
+        np.testing.assert_allclose(target, expected.reshape(raw.shape), rtol=1e-5, atol=1e-6)
+        plain = tubelets.reconstruction_targets(video, indices, (2, 4, 8), False)
+        np.testing.assert_allclose(plain, raw / 255, rtol=1e-6)
+
+
+def test_targets_of_constant_and_of_huge_tubelets():
+    video, indices = jnp.full((1, 2, 8, 8, 3), 77, jnp.uint8), jnp.array([[1, 0]])
+    assert not tubelets.reconstruction_targets(video, indices, (1, 8, 8), True).any()
+    with pytest.raises(ValueError, match="at most 16,512"):
+        tubelets.reconstruction_targets(jnp.zeros((1, 2, 96, 96, 3), jnp.uint8), indices, (2, 96, 96), True)
+
+
 def test_statistics_invert_the_target(rng):
     raw = jnp.asarray(rng.integers(0, 256, (1, 4, 48), dtype=np.uint8))
     mean, std = tubelets.statistics(raw / 255, 3)

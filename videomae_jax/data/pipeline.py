@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
+from absl import flags
 
 from videomae_jax.data import augment, decode, processes, randaugment, reading, rgb, sampling
 from videomae_jax.data.reading import AnyVideo
@@ -358,6 +359,8 @@ def iterate(
         batches = batches if by_video else batches.map(_merged)
         # Joined in a thread too: the reader finds whole batches waiting.
         return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_AHEAD))
+    if not flags.FLAGS.is_parsed():  # Grain's processes are given the flags, of which a script has none
+        flags.FLAGS.mark_as_parsed()
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
     batches = dataset.batch(host_videos).to_iter_dataset(ahead)
@@ -365,17 +368,17 @@ def iterate(
     return iter(batches if by_video else batches.map(_merged))
 
 
-_PROCESS_THREADS = 4
-"""Loader threads in one process: with more, Python's lock (a tenth of a prepared clip's time) is felt."""
+_PROCESS_THREADS = 2
+"""Loader threads in one process: with more, Python's lock is felt (docs/performance.md, 16 cores)."""
 
 
 def loader_size(workers: int, threads: int, cores: int, batch_bytes: int, limit: int) -> LoaderSize:
     """How a loader uses `cores` and at most `limit` bytes; -1 stands for a number that fills them.
 
     >>> [loader_size(-1, -1, cores, 2**20, 2**30)[:2] for cores in (2, 16)]
-    [(0, 2), (4, 4)]
-    >>> loader_size(8, -1, 16, 2**20, 2**30)[:2], loader_size(-1, -1, 208, 2**30, 2**34)[:2]
-    ((8, 2), (2, 4))
+    [(0, 2), (8, 2)]
+    >>> loader_size(4, -1, 16, 2**20, 2**30)[:2], loader_size(-1, -1, 208, 2**30, 2**34)[:2]
+    ((4, 4), (3, 2))
     """
 
     def held(workers: int, threads: int) -> int:
@@ -385,7 +388,7 @@ def loader_size(workers: int, threads: int, cores: int, batch_bytes: int, limit:
     reason = f"as set, {cores} cores" if workers >= 0 and threads >= 0 else f"of {cores} usable cores"
     if workers < 0:
         per_process = threads if threads > 0 else _PROCESS_THREADS
-        wanted = workers = 0 if cores <= per_process else cores // per_process
+        wanted = workers = 0 if cores < 2 * per_process else cores // per_process
         while workers and held(workers, per_process) > limit:
             workers -= 1
         if workers < wanted:

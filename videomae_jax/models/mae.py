@@ -181,8 +181,7 @@ class VideoMAE(nnx.Module):
     ) -> Float[Array, "B M"]:
         """Reconstruction loss of each tubelet of `hidden`, float32; the batch loss is their mean."""
         prediction = self.predict(video, visible, hidden, keys, layout)
-        raw = tubelets.take(tubelets.patchify(video, self.config.tubelet), hidden)
-        target = tubelets.reconstruction_target(raw, self.config.channels, normalize_target)
+        target = tubelets.reconstruction_targets(video, hidden, self.config.tubelet, normalize_target)
         return tubelets.reconstruction_error(prediction, jax.lax.stop_gradient(target), kind)
 
     def _indices(self, video: jax.Array, mask: jax.Array) -> masking.Indices:

@@ -3,12 +3,13 @@
 Order is fixed everywhere: token `n = (t * H' + h) * W' + w`, voxel `((dt * p + dy) * p + dx) * C + c`.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Float, Int, Key, Num, UInt8
 
 LOSSES = ("mse", "l1", "smooth_l1")
 
@@ -124,6 +125,40 @@ def reconstruction_target(
         return pixels
     mean, std = statistics(pixels, channels)
     return (pixels - mean) / std
+
+
+def reconstruction_targets(
+    video: UInt8[Array, "B T H W C"], indices: Int[Array, "B K"], tubelet: Grid, normalize: bool
+) -> Float[Array, "B K P"]:
+    """`reconstruction_target` of the tubelets at `indices`, with statistics of whole frames.
+
+    Sums over rows of pixels as they lie in memory, of every tubelet, take a GPU a tenth of the time of sums
+    over gathered tubelets. They are integers, so one pass is exact: `sum (x - m)^2` of any integer m.
+
+    Raises:
+        ValueError: a tubelet of more than 16,512 pixels, whose sums int32 may not hold.
+    """
+    raw = take(patchify(video, tubelet), indices)
+    if not normalize:
+        return raw.astype(jnp.float32) / 255
+    b, *clip_size, c = video.shape
+    t, h, w = grid_of((clip_size[0], clip_size[1], clip_size[2]), tubelet)
+    count = math.prod(tubelet)
+    if count > 16512:
+        raise ValueError(f"tubelets of {tubelet} have {count} pixels: at most 16,512 can be normalised")
+    rows = video.astype(jnp.int32).reshape(b, t, tubelet[0], h, tubelet[1], -1)
+
+    def per_tubelet(x: Int[Array, "B T dt H dy WC"]) -> Int[Array, "B K C"]:
+        return take(x.sum((2, 4)).reshape(b, t, h, w, tubelet[2], c).sum(4).reshape(b, t * h * w, c), indices)
+
+    sums, squares = per_tubelet(rows), per_tubelet(rows**2)
+    near = sums // count
+    rest = (sums - near * count).astype(jnp.float32)
+    squared = (squares - 2 * near * sums + count * near**2).astype(jnp.float32)
+    variance = (squared - rest**2 / count) / (count - 1)
+    mean, divisor = near + rest / count, jnp.sqrt(variance) + 255e-6
+    voxels = raw.astype(jnp.float32).reshape(*raw.shape[:-1], -1, c)
+    return ((voxels - mean[:, :, None]) / divisor[:, :, None]).reshape(raw.shape)
 
 
 def reconstruction_error(
