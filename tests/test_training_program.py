@@ -50,6 +50,27 @@ def test_loops_within_loops():
     assert 15 * 2 * MATRIX <= program.bytes.memory <= 15 * 6 * MATRIX
 
 
+def test_fusions_beside_others_count_as_fusions():
+    """As a GPU's program of JAX 0.11 has them: of the stack one matrix is read."""
+    program = Program("""HloModule jit_f
+
+%fused (param_0: f32[12,256,256], param_1: s32[]) -> f32[1,256,256] {
+  %param_0 = f32[12,256,256] parameter(0)
+  %param_1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,256,256] dynamic-slice(%param_0, %param_1, %zero, %zero)
+}
+
+ENTRY %main (stack: f32[12,256,256], place: s32[]) -> f32[1,256,256] {
+  %stack = f32[12,256,256] parameter(0)
+  %place = s32[] parameter(1)
+  %start = ((f32[12,256,256], s32[]), f32[1,256,256], u32[]) fusion-start(%stack, %place), calls=%fused
+  ROOT %done = f32[1,256,256] fusion-done(%start)
+}
+""")
+    assert 2 * MATRIX <= program.bytes.memory <= 2 * MATRIX + 4
+
+
 def test_what_a_loop_ends_by_itself_counts_once():
     def halve(x):
         return jax.lax.while_loop(lambda y: y.sum() > 1.0, lambda y: y * 0.5, x)

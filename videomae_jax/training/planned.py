@@ -31,7 +31,7 @@ from videomae_jax.training.task import Make, Task
 PLATFORMS = {"tpu": "tpu", "cuda": "gpu", "cpu": "cpu"}
 _SAY_EVERY = 30  # seconds of compiling
 _MOVERS = 12  # kinds of traffic that are kept
-_FORMAT = "2"  # of what is kept of a program
+_FORMAT = "3"  # of what is kept of a program
 
 
 @dataclasses.dataclass(frozen=True)

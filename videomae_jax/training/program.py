@@ -194,6 +194,8 @@ class Program:
             return self._traffic(i.called("calls")[0], next(x for x in inner.values() if x.is_root))
         operands = [defined[name] for name in i.operands if name in defined]
         result = _size(i.shape)
+        if opcode == "fusion-start":  # since JAX 0.11 some run beside others: (operands, result, flags)
+            opcode, result = "fusion", _size(_elements(i.shape)[1])
         if opcode.endswith("-start"):  # its result bundles operands, results and flags
             results = _elements(i.shape)
             if "slice" in opcode:
