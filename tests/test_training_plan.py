@@ -77,6 +77,8 @@ def test_a_batch_that_does_not_fit_is_said_and_the_largest_found(capsys):
     assert found["fits"] is False
     assert 0 < found["largest_clips_per_device"] < 8
     assert "--config.optim.accumulate=2" in found["advice"][0]
+    assert found["smallest_remat"] == "dots"
+    assert "--config.model.remat=dots: the least that fits this batch" in found["advice"]
     assert "does NOT fit" in capsys.readouterr().out
 
 

@@ -312,9 +312,8 @@ def _plan_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("topology", None, text, flag_values=values)
     flags.DEFINE_integer("videos", 0, "Training videos, for a run's length.", flag_values=values)
     flags.DEFINE_integer("num_classes", 400, "Classes of a classifier.", flag_values=values)
-    flags.DEFINE_bool(
-        "fit", False, "Find the largest batch that fits: compiles some more.", flag_values=values
-    )
+    text = "Find the smallest remat and the largest batch that fit: compiles some more."
+    flags.DEFINE_bool("fit", False, text, flag_values=values)
     flags.DEFINE_string("out", "plan.json", "JSON file to write.", flag_values=values)
 
 

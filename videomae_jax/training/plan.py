@@ -67,16 +67,29 @@ def run(
     found = _figures(planned, compiled)
     if fit and topology.chip and not compiled.trouble:
 
-        def again(rows: int) -> tuple[Planned, Compiled]:
+        def again(rows: int, remat: str = config.model.remat) -> tuple[Planned, Compiled]:
             other = config.copy_and_resolve_references()
             other.data.batch_size = rows * planned.config.data.batch_size // planned.rows
+            other.model.remat = remat
             changed = prepare(other, make, topology, videos, classes)
             return changed, compile_step(changed)
 
+        found["smallest_remat"] = _smallest_remat(planned, again)
         found["largest_clips_per_device"] = largest_batch(planned, again)
     found["advice"] = _advice(planned, compiled, found)
     _print(found)
     return found
+
+
+def _smallest_remat(planned: Planned, again: Callable[[int, str], tuple[Planned, Compiled]]) -> str | None:
+    """The least that is computed twice so that the batch fits; None: it fits with none of them."""
+    for remat in _REMAT:
+        compiled = again(planned.rows, remat)[1]
+        total = (compiled.arguments + compiled.temporaries) / 2**30
+        report.say(f"model.remat={remat}: {compiled.trouble or f'{total:.2f} GiB'}")
+        if compiled.fits(planned.topology.chip):
+            return remat
+    return None
 
 
 def _mesh_name(planned: Planned) -> str:
@@ -164,7 +177,9 @@ def _advice(planned: Planned, compiled: Compiled, found: dict[str, Any]) -> list
             advice.append(
                 f"--config.optim.accumulate={2 * planned.config.optim.accumulate}: half the activations"
             )
-        if model.remat != "full":
+        if smallest := found.get("smallest_remat"):
+            advice.append(f"--config.model.remat={smallest}: the least that fits this batch")
+        elif "smallest_remat" not in found and model.remat != "full":
             stronger = _REMAT[_REMAT.index(model.remat) + 1]
             advice.append(f"--config.model.remat={stronger}: computes again what it does not keep")
         if compiled.arguments > chip.memory / 3 and planned.mesh.shape["data"] > 1:
@@ -174,8 +189,9 @@ def _advice(planned: Planned, compiled: Compiled, found: dict[str, Any]) -> list
     best = compute.settled(_with_auto(planned.config), PLATFORMS[planned.topology.platform], None)
     if model.attention != best.model.attention:
         advice.append(f"--config.model.attention=auto: {best.model.attention} here")
-    if found["fits"] and model.remat != "none":
-        advice.append("--config.model.remat=none, if it fits: nothing is computed twice")
+    if found["fits"] and model.remat != found.get("smallest_remat", "none"):
+        less = found.get("smallest_remat", "none, if it fits")
+        advice.append(f"--config.model.remat={less}: less is computed twice")
     if found["bound_by"] == "links":
         advice.append("more clips per device, or fewer of the axes that the exchange is over")
     if found["bound_by"] == "memory" and model.unroll < model.encoder.depth:

@@ -199,9 +199,14 @@ def read(compiled: Any, mesh: Mesh) -> Compiled:
 
 
 def _from_json(data: dict[str, Any]) -> Compiled:
-    collectives = tuple(Collective(kind, tuple(axes), *rest) for kind, axes, *rest in data["collectives"])
-    read_back = {"traffic": Bytes(*data["traffic"]), "collectives": collectives}
-    return Compiled(**data | read_back | {"movers": tuple((what, size) for what, size in data["movers"])})
+    read_back: dict[str, Any] = {
+        "traffic": Bytes(*data["traffic"]),
+        "collectives": tuple(
+            Collective(kind, tuple(axes), *rest) for kind, axes, *rest in data["collectives"]
+        ),
+        "movers": tuple((what, size) for what, size in data["movers"]),
+    }
+    return Compiled(**data | read_back)
 
 
 class _Progress:

@@ -152,13 +152,13 @@ class Program:
 
     def movers(self, count: int) -> list[tuple[str, float]]:
         """What moves most: the operation of the source it was made for, and its bytes, on the chip too."""
-        moved: collections.Counter[str] = collections.Counter()
+        moved: dict[str, float] = collections.defaultdict(float)
         for computation, times in self._running():
             for i in self._computations[computation].values():
                 if i.opcode not in ("while", "conditional", "call"):
                     made_for = _MADE_FOR.search(i.text)
                     moved[made_for[1] if made_for else i.opcode] += times * sum(self._traffic(computation, i))
-        return moved.most_common(count)
+        return sorted(moved.items(), key=lambda item: -item[1])[:count]
 
     def _running(self) -> Iterator[tuple[str, float]]:
         """Computations whose instructions run by themselves, and how often."""
