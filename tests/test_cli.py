@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from videomae_jax import cli
+from videomae_jax import cli, commands
 
 ODD = ("--config.model.encoder.width=36", "--config.model.encoder.num_heads=2")
 PMAP = ("--config.mesh.mapping=pmap",)
@@ -133,7 +133,7 @@ def test_a_failure_of_ours_has_status_1_and_says_how_to_see_more(use, monkeypatc
     def fail(*_args):
         raise RuntimeError("boom")
 
-    monkeypatch.setitem(cli._COMMANDS, "train", (cli._train_flags, (), (), fail))
+    monkeypatch.setitem(cli.COMMANDS, "train", (commands._train_flags, (), (), fail))
     status, _, error = use("train", DEBUG, "--workdir=W")
     assert (status, error) == (1, "videomae_jax: RuntimeError: boom (--debug shows where)\n")
     status, _, error = use("train", DEBUG, "--workdir=W", "--debug")

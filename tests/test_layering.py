@@ -36,10 +36,11 @@ MAY = {
         *("keys", "tasks", "training", "apps", "config", "data", "evaluation", "hosts", "interop", "models"),
         *("sharding", "storage"),
     },
-    "cli": {
+    "commands": {
         *("tasks", "training", "apps", "config", "data", "evaluation", "hosts", "interop", "sharding"),
         "storage",
     },
+    "cli": {"commands", "config", "data", "evaluation", "interop"},
     "__main__": {"cli"},
     "__init__": {"interop", "models"},
 }

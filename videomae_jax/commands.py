@@ -1,0 +1,344 @@
+"""The commands: their flags, and what runs them; imports wait until a command needs them."""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from videomae_jax import storage
+
+_SPLIT_HELP = "Part of a divided folder: train, validation, test, or all."
+_HOSTS_HELP = "Processes of the run: auto, tpu, slurm, or I/N@HOST:PORT (this one is I of N)."
+
+
+def _train(values: Any, _arguments: list[str], started: float) -> None:
+    _compile_cache()
+    _start_hosts(values.hosts)
+    from videomae_jax.tasks import table
+
+    table.train(values.config, storage.at(values.workdir), started)
+
+
+def _train_flags(values: flags.FlagValues) -> None:
+    config_flags.DEFINE_config_file(
+        "config", None, "Settings: FILE.py or FILE.py:name=value,...", flag_values=values
+    )
+    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+    flags.DEFINE_string("hosts", "auto", _HOSTS_HELP, flag_values=values)
+
+
+def _start_hosts(hosts: str) -> None:
+    from videomae_jax import sharding
+
+    try:
+        sharding.start_hosts(hosts)
+    except ValueError as error:
+        raise flags.Error(str(error)) from None
+    _find_devices()
+
+
+def _find_devices() -> None:
+    """Says in one line what JAX raises in many ways where the devices that are asked for are not there."""
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise flags.Error(
+            f"JAX finds no device{f' for JAX_PLATFORMS={asked}' if asked else ''} ({reason}): unset it to "
+            f"use what there is, or install what is missing with EXTRAS=cuda or EXTRAS=tpu launch/local.sh"
+        ) from None
+
+
+def _hints_flags(values: flags.FlagValues) -> None:
+    """What PyTorch files do not tell, on every command that takes weights."""
+    number, text = flags.DEFINE_integer, flags.DEFINE_string
+    number("num_heads", None, "Heads of the encoder, for files that do not tell.", flag_values=values)
+    number("decoder_num_heads", None, "Heads of the decoder, likewise.", flag_values=values)
+    text("clip_size", "", "FRAMES,HEIGHT,WIDTH of a clip, likewise.", flag_values=values)
+    text(
+        "classes",
+        "",
+        "Names of the classes, A,B,... or a file with one a line, likewise.",
+        flag_values=values,
+    )
+    help_text = "Frames from one frame of a clip to the next; 0: one of each equal part; default as trained."
+    number("stride", None, help_text, flag_values=values)
+
+
+def _hints(values: Any) -> Any:
+    from videomae_jax.interop import weights
+
+    sizes = tuple(int(size) for size in re.findall(r"\d+", values.clip_size))
+    if values.clip_size and (len(sizes) != 3 or not re.fullmatch(r"\d+,\d+,\d+", values.clip_size)):
+        raise flags.Error(f"--clip_size={values.clip_size} is not understood: use FRAMES,HEIGHT,WIDTH")
+    for name in ("num_heads", "decoder_num_heads", "stride"):
+        value, least = getattr(values, name), int(name != "stride")
+        if value is not None and value < least:
+            raise flags.Error(f"--{name}={value} must be at least {least}")
+    names = values.classes.split(",") if values.classes else []
+    if os.path.isfile(values.classes):
+        names = pathlib.Path(values.classes).read_text(encoding="utf-8").splitlines()
+    classes = tuple(name.strip() for name in names if name.strip())
+    size = (sizes[0], sizes[1], sizes[2]) if sizes else None
+    return weights.Hints(values.num_heads, values.decoder_num_heads, size, classes or None, values.stride)
+
+
+def _evaluate(values: Any, _arguments: list[str], _started: float) -> None:
+    _compile_cache()
+    _start_hosts(values.hosts)
+    from videomae_jax.tasks import evaluate
+
+    evaluate.run(values.config, storage.at(values.workdir), values.checkpoint, _hints(values))
+
+
+def _evaluate_flags(values: flags.FlagValues) -> None:
+    _train_flags(values)
+    _hints_flags(values)
+    help_text = "Export, checkpoint or work folder; default WORKDIR/best."
+    flags.DEFINE_string("checkpoint", "", help_text, flag_values=values)
+
+
+def _reconstruct(values: Any, arguments: list[str], _started: float) -> None:
+    _compile_cache()
+    _find_devices()
+    from videomae_jax.apps import reconstruct
+
+    names = ("statistics", "mask", "mask_ratio", "start", "seed")
+    panels = reconstruct.run(
+        arguments[0],
+        values.checkpoint,
+        values.out,
+        **{name: getattr(values, name) for name in names},
+        hints=_hints(values),
+    )
+    figures = "  ".join(f"{name} {value:.2f} dB" for name, value in panels.psnr().items())
+    print(f"{values.out}: {panels.statistics} statistics  {figures}")
+
+
+def _reconstruct_flags(values: flags.FlagValues) -> None:
+    define = flags.DEFINE_string
+    define("checkpoint", None, "Export, checkpoint or work folder.", flag_values=values)
+    define("out", None, "Picture to write: .gif, .mp4 or .png.", flag_values=values)
+    help_text = "Mean and contrast of hidden tubelets: true, visible or raw; default by the model."
+    define("statistics", "", help_text, flag_values=values)
+    define("mask", "", "tube, random or frame; default as trained.", flag_values=values)
+    help_text = "Share of places hidden; default as trained."
+    flags.DEFINE_float("mask_ratio", 0.0, help_text, flag_values=values)
+    help_text = "Seconds into the video; default: its middle."
+    flags.DEFINE_float("start", -1.0, help_text, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of the mask.", flag_values=values)
+    _hints_flags(values)
+
+
+def _embed(values: Any, arguments: list[str], _started: float) -> None:
+    _compile_cache()
+    _find_devices()
+    from videomae_jax.apps import embed
+
+    names = ("step", "per_token", "batch", "split")
+    options = embed.Options(**{name: getattr(values, name) for name in names}, hints=_hints(values))
+    summary = embed.run(arguments, values.checkpoint, values.out, options)
+    failed = f", {summary['videos_failed']} could not be decoded" if summary["videos_failed"] else ""
+    print(f"{values.out}: {summary['windows']} windows of {summary['videos']} videos{failed}")
+
+
+def _embed_flags(values: flags.FlagValues) -> None:
+    number = flags.DEFINE_integer
+    flags.DEFINE_string("checkpoint", None, "Weights of any layout.", flag_values=values)
+    flags.DEFINE_string("out", None, "File to write: .npz or .parquet.", flag_values=values)
+    number("step", 0, "Frames between windows; default: no overlap.", flag_values=values)
+    flags.DEFINE_bool("per_token", False, "Every token, not their mean.", flag_values=values)
+    number("batch", 8, "Windows at once.", flag_values=values)
+    flags.DEFINE_string("split", "all", _SPLIT_HELP, flag_values=values)
+    _hints_flags(values)
+
+
+def _predict(values: Any, arguments: list[str], _started: float) -> None:
+    _compile_cache()
+    _find_devices()
+    from videomae_jax.apps import predict
+
+    def say(row: dict[str, Any]) -> None:
+        classes = "  ".join(f"{c['name']} {c['score']:.3f}" for c in row["classes"])
+        print(f"{row['id']}: {classes or row['error']}", flush=True)
+
+    names = ("top", "segments", "crops", "split")
+    options = predict.Options(**{name: getattr(values, name) for name in names}, hints=_hints(values))
+    predict.run(arguments, values.checkpoint, values.out, options, say)
+
+
+def _predict_flags(values: flags.FlagValues) -> None:
+    number = flags.DEFINE_integer
+    flags.DEFINE_string("checkpoint", None, "Classifier of any layout.", flag_values=values)
+    flags.DEFINE_string("out", "", "File to write too: .json, .csv or .parquet.", flag_values=values)
+    flags.DEFINE_string("split", "all", _SPLIT_HELP, flag_values=values)
+    _hints_flags(values)
+    number("top", 5, "Classes to name.", flag_values=values)
+    number("segments", 5, "Clips spread over the video.", flag_values=values)
+    number("crops", 3, "Crops of each clip.", flag_values=values)
+
+
+def _convert(values: Any, arguments: list[str], _started: float) -> None:
+    _find_devices()
+    from videomae_jax.interop import weights
+
+    source, target = arguments
+    how = (values.layout, values.dtype, values.position_resize)
+    model = weights.convert(source, target, *how, hints=_hints(values))
+    print(f"{target}: {type(model).__name__}, layout {values.layout}, {model.config}")
+
+
+def _convert_flags(values: flags.FlagValues) -> None:
+    help_text = "orbax (ours), hf (a Hugging Face folder) or official (a .safetensors file)."
+    flags.DEFINE_string("layout", "orbax", help_text, flag_values=values)
+    flags.DEFINE_string("dtype", "float32", "Or float16, bfloat16 (hf, official).", flag_values=values)
+    help_text = "Positions for other clip sizes: recompute (published) or interpolate."
+    flags.DEFINE_string("position_resize", "recompute", help_text, flag_values=values)
+    _hints_flags(values)
+
+
+def _prepare(values: Any, arguments: list[str], _started: float) -> None:
+    from videomae_jax.apps import prepare
+
+    names = ("dataset", "videos", "codec", "short_side", "shard_videos", "processes", "part")
+    names += ("head", "finish", "check", "allow_missing", "max_failed", "retry_failed", "beam_options")
+    source, folder = arguments
+    prepare.run(source, folder, prepare.Options(**{name: getattr(values, name) for name in names}))
+
+
+def _prepare_flags(values: flags.FlagValues) -> None:
+    text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_bool
+    text("dataset", "video_folder", "Known data set whose annotations SRC holds.", flag_values=values)
+    text("videos", "", "Folder of the videos that annotations name; default SRC.", flag_values=values)
+    text("codec", "h264_intra", "h264_intra, h264_gop, mjpeg or keep.", flag_values=values)
+    number("short_side", 256, "Larger frames are shrunk to it, pixels.", flag_values=values)
+    number("shard_videos", 256, "Videos per shard.", flag_values=values)
+    number("processes", 0, "Encoders; default: the usable cores.", flag_values=values)
+    text("head", "softmax", "What labels of a list are: softmax, multilabel, regression.", flag_values=values)
+    text("part", "", "I/N: only every N-th shard from the I-th (from 0) on.", flag_values=values)
+    switch("finish", False, "After all parts: write the manifest.", flag_values=values)
+    switch("check", False, "Read DST (SRC is its source) again; write nothing.", flag_values=values)
+    switch("allow_missing", False, "Go on without videos that are absent.", flag_values=values)
+    help_text = "Share of the videos that may be left out; above it the work does not end."
+    flags.DEFINE_float("max_failed", 0.1, help_text, flag_values=values)
+    switch("retry_failed", False, "Try again what could not be decoded.", flag_values=values)
+    text("beam_options", "", "Run as an Apache Beam pipeline with these options.", flag_values=values)
+
+
+def _doctor(values: Any, _arguments: list[str], _started: float) -> None:
+    _start_hosts(values.hosts)
+    from videomae_jax import hosts
+    from videomae_jax.apps import doctor
+    from videomae_jax.config import UserError
+
+    findings = doctor.run(values.data, values.workdir)
+    if values.config:
+        findings.append(_rehearsed(values))
+    if values.out and hosts.is_writer():
+        pathlib.Path(values.out).write_text(json.dumps([vars(found) for found in findings], indent=2) + "\n")
+    broken = [found.check for found in findings if found.status == "fix"]
+    if broken:
+        raise UserError(f"doctor: {', '.join(broken)} must be mended, see above")
+
+
+def _rehearsed(values: Any) -> Any:
+    """Ten steps of a run, as a finding."""
+    from videomae_jax.apps import doctor
+    from videomae_jax.tasks import table
+    from videomae_jax.training import rehearse
+
+    found = rehearse.run(values.config, table.make_task, values.num_classes)
+    print(f"{'ok':8} {'steps':12} {found['text']}\nfor docs/performance.md: {found['row']}", flush=True)
+    return doctor.Finding("steps", "ok", found["text"])
+
+
+def _doctor_flags(values: flags.FlagValues) -> None:
+    text = "Ten steps of this run too, on clips that mean nothing: speed, and distance from the bound."
+    config_flags.DEFINE_config_file("config", None, text, flag_values=values)
+    flags.DEFINE_integer("num_classes", 400, "Classes of a classifier.", flag_values=values)
+    flags.DEFINE_string("data", "", "Videos to look at, as in data.path.", flag_values=values)
+    flags.DEFINE_string("workdir", ".", "Folder that a run would write.", flag_values=values)
+    flags.DEFINE_string("out", "", "JSON file to write too.", flag_values=values)
+    flags.DEFINE_string("hosts", "auto", _HOSTS_HELP, flag_values=values)
+
+
+def _plan(values: Any, _arguments: list[str], _started: float) -> None:
+    from videomae_jax.tasks import table
+    from videomae_jax.training import ahead, plan, report
+
+    ahead.without_devices()
+    found = plan.run(
+        values.config,
+        table.make_task,
+        ahead.topology(values.topology),
+        videos=values.videos,
+        classes=values.num_classes,
+        fit=values.fit,
+    )
+    report.write_json(storage.at(values.out), found)
+
+
+def _plan_flags(values: flags.FlagValues) -> None:
+    config_flags.DEFINE_config_file(
+        "config", None, "Settings: FILE.py or FILE.py:name=value,...", flag_values=values
+    )
+    text = "Devices: v5e:4x4, v6e:2x4, v5p:2x2x1, v4:2x2x2, h100:8, h200:4x8, a100:1, b200:8, cpu:2."
+    flags.DEFINE_string("topology", None, text, flag_values=values)
+    flags.DEFINE_integer("videos", 0, "Training videos, for a run's length.", flag_values=values)
+    flags.DEFINE_integer("num_classes", 400, "Classes of a classifier.", flag_values=values)
+    text = "Find the smallest remat and the largest batch that fit: compiles some more."
+    flags.DEFINE_bool("fit", False, text, flag_values=values)
+    flags.DEFINE_string("out", "plan.json", "JSON file to write.", flag_values=values)
+
+
+# command: (define its flags, names of its arguments, flags it cannot do without, run it)
+def _score_detections(values: Any, arguments: list[str], _started: float) -> None:
+    from videomae_jax.apps import score_detections
+
+    truth, found = arguments
+    score_detections.run(truth, found, values.classes, values.excluded, values.out)
+
+
+def _score_detections_flags(values: flags.FlagValues) -> None:
+    text = flags.DEFINE_string
+    text("classes", None, "List of the classes that count: AVA's .pbtxt, or number,name.", flag_values=values)
+    text("excluded", "", "CSV of video,time: frames to leave out.", flag_values=values)
+    text("out", None, "JSON file to write.", flag_values=values)
+
+
+COMMANDS: dict[str, tuple[Callable, Sequence[str], Sequence[str], Callable]] = {
+    "train": (_train_flags, (), ("config", "workdir"), _train),
+    "evaluate": (_evaluate_flags, (), ("config", "workdir"), _evaluate),
+    "embed": (_embed_flags, ("VIDEOS...",), ("checkpoint", "out"), _embed),
+    "predict": (_predict_flags, ("VIDEOS...",), ("checkpoint",), _predict),
+    "convert": (_convert_flags, ("SRC", "DST"), (), _convert),
+    "doctor": (_doctor_flags, (), (), _doctor),
+    "plan": (_plan_flags, (), ("config", "topology"), _plan),
+    "prepare": (_prepare_flags, ("SRC", "DST"), (), _prepare),
+    "score-detections": (
+        _score_detections_flags,
+        ("GROUNDTRUTH", "DETECTIONS"),
+        ("classes", "out"),
+        _score_detections,
+    ),
+    "reconstruct": (_reconstruct_flags, ("VIDEO",), ("checkpoint", "out"), _reconstruct),
+}
+
+
+def _compile_cache() -> None:
+    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache."""
+    import jax
+
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = os.path.join(cache, "videomae_jax", "compiled")
+        jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
