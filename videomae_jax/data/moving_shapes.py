@@ -16,13 +16,14 @@ import os
 import pathlib
 import shutil
 import socket
+from collections.abc import Callable
 
 import numpy as np
 
 from videomae_jax.data import decode
 
 # Steps along (y, x).
-_DIRECTIONS = {
+DIRECTIONS = {
     "down": (1, 0),
     "down_left": (1, -1),
     "down_right": (1, 1),
@@ -32,7 +33,7 @@ _DIRECTIONS = {
     "up_left": (-1, -1),
     "up_right": (-1, 1),
 }
-CLASSES = tuple(_DIRECTIONS)
+CLASSES = tuple(DIRECTIONS)
 _FPS = 16
 _VERSION = 4  # part of the cache's name: raise it when the same settings give other videos
 
@@ -67,13 +68,13 @@ def render(spec: MovingShapes, motion: str, rng: np.random.Generator) -> np.ndar
     # 32 frames move a shape by a third to two thirds of the frame, whatever its size in pixels.
     span = spec.frames / 32
     drift = rng.uniform(-0.1, 0.1, 2).astype(np.float32) * size * span
-    image = _texture(y - drift[0] * time, x - drift[1] * time, size, rng, (0.3, 1.0), (0.4, 0.6))
+    image = texture(y - drift[0] * time, x - drift[1] * time, size, rng, (0.3, 1.0), (0.4, 0.6))
     for _ in range(rng.integers(2, 4)):
         centre_y, centre_x, radius = _trajectory(motion, time, size, span, rng)
         dy = (y - centre_y + size / 2) % size - size / 2
         dx = (x - centre_x + size / 2) % size - size / 2
-        inside = np.clip(0.5 - _distance(dy, dx, radius, rng), 0, 1)[..., None]
-        paint = _texture(dy / radius * size / 4, dx / radius * size / 4, size, rng, (0.4, 1.2), (0.0, 1.0))
+        inside = np.clip(0.5 - distance(dy, dx, radius, int(rng.integers(3))), 0, 1)[..., None]
+        paint = texture(dy / radius * size / 4, dx / radius * size / 4, size, rng, (0.4, 1.2), (0.0, 1.0))
         image = image + inside * (paint - image)
     return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
 
@@ -88,21 +89,24 @@ def _trajectory(
     y, x = rng.uniform(0, size), rng.uniform(0, size)
     radius = rng.uniform(0.08, 0.36) * size
     way = rng.uniform(0.5, 0.9) * size * span * time
-    down, right = _DIRECTIONS[motion]
+    down, right = DIRECTIONS[motion]
     return y + down * way, x + right * way, radius
 
 
-def _distance(dy: np.ndarray, dx: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
-    """Signed distance in pixels to a disc, a square or a diamond; negative inside."""
-    shape = rng.integers(3)
+EXTENT = (1.0, 0.9, 1.3)
+"""How far a disc, a square and a diamond reach from their centre, in radii."""
+
+
+def distance(dy: np.ndarray, dx: np.ndarray, radius: float | np.ndarray, shape: int) -> np.ndarray:
+    """Signed distance in pixels to a disc (0), a square (1) or a diamond (2); negative inside."""
     if shape == 0:
         return np.hypot(dy, dx) - radius
     if shape == 1:
-        return np.maximum(np.abs(dy), np.abs(dx)) - radius * 0.9
-    return (np.abs(dy) + np.abs(dx) - radius * 1.3) / math.sqrt(2)
+        return np.maximum(np.abs(dy), np.abs(dx)) - radius * EXTENT[1]
+    return (np.abs(dy) + np.abs(dx) - radius * EXTENT[2]) / math.sqrt(2)
 
 
-def _texture(
+def texture(
     y: np.ndarray,
     x: np.ndarray,
     size: float,
@@ -145,14 +149,39 @@ def _is_running(pid: int) -> bool:
 def generate(spec: MovingShapes, cache: str | os.PathLike, processes: int) -> pathlib.Path:
     """Returns the folder with the videos, in SPLIT/CLASS/NUMBER.mp4; generates it where it is not cached.
 
-    A folder appears only when it is whole; one interrupted is begun anew.
-
     Raises:
         OSError: the cache cannot be written.
     """
-    identity = json.dumps({"version": _VERSION, **dataclasses.asdict(spec)})
+
+    def fill(folder: pathlib.Path) -> None:
+        for split in spec.splits():
+            for motion in CLASSES:
+                (folder / split / motion).mkdir(parents=True)
+        # Spawned, not forked: the parent may run threads of JAX.
+        context = multiprocessing.get_context("spawn")
+        parts = 8 * processes
+        with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
+            jobs = [pool.submit(_write_part, spec, str(folder), i, parts) for i in range(parts)]
+            for job in jobs:
+                job.result()
+
+    return cached("moving_shapes", _VERSION, spec, cache, fill)
+
+
+def cached(
+    kind: str,
+    version: int,
+    spec: MovingShapes,
+    cache: str | os.PathLike,
+    fill: Callable[[pathlib.Path], None],
+) -> pathlib.Path:
+    """The folder of generated data; `fill` makes it where it is not there.
+
+    It appears only when it is whole; one interrupted is begun anew.
+    """
+    identity = json.dumps({"version": version, **dataclasses.asdict(spec)})
     name = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    folder = pathlib.Path(cache, f"moving_shapes-{name}")
+    folder = pathlib.Path(cache, f"{kind}-{name}")
     if folder.is_dir():
         return folder
     # By machine, which may share the cache with others: a process is looked for here only.
@@ -162,16 +191,7 @@ def generate(spec: MovingShapes, cache: str | os.PathLike, processes: int) -> pa
             shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f"{own}{os.getpid()}")
     try:
-        for split in spec.splits():
-            for motion in CLASSES:
-                (partial / split / motion).mkdir(parents=True)
-        # Spawned, not forked: the parent may run threads of JAX.
-        context = multiprocessing.get_context("spawn")
-        parts = 8 * processes
-        with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-            jobs = [pool.submit(_write_part, spec, str(partial), i, parts) for i in range(parts)]
-            for job in jobs:
-                job.result()
+        fill(partial)
         try:
             partial.rename(folder)
         except OSError:

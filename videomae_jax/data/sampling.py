@@ -79,3 +79,15 @@ def segment_view(num_frames: int, segments: int, view: int, views: int) -> np.nd
     tick = num_frames / segments
     places = tick * np.arange(segments) + (np.arange(views) * tick / views)[:, None]
     return np.sort(places.astype(np.int64), axis=None)[view::views]
+
+
+def key_clip(num_frames: int, key: int, clip_frames: int, stride: int) -> np.ndarray:
+    """Frames around frame `key`, as published for detection: the key lies just before the middle of a stride.
+
+    Beyond the ends of the video its first or last frame is repeated.
+
+    >>> key_clip(1000, 100, 16, 4)[[0, 7, 8, 15]]
+    array([ 69,  97, 101, 129])
+    """
+    start = key - clip_frames * stride // 2 + (stride - 1) // 2
+    return np.clip(start + stride * np.arange(clip_frames), 0, num_frames - 1)

@@ -19,7 +19,9 @@ def _weights(
     count = jnp.clip(jnp.ceil(size / bins), 0, samples)[:, None, None]  # none, if aligned and empty
     bin_size = (size / bins)[:, None, None]
     place = jnp.arange(bins)[:, None], jnp.arange(samples)[None]
-    at = start[:, None, None] + bin_size * (place[0] + (place[1] + 0.5) / jnp.maximum(count, 1))  # [R, K, samples]
+    at = start[:, None, None] + bin_size * (
+        place[0] + (place[1] + 0.5) / jnp.maximum(count, 1)
+    )  # [R, K, samples]
     counts = (place[1] < count) & (at >= -1) & (at <= cells)
     near = jnp.clip(at, 0, cells - 1)[..., None]
     share = jnp.maximum(1 - jnp.abs(near - jnp.arange(cells)), 0)

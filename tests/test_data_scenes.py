@@ -1,0 +1,232 @@
+"""Boxes of key frames: their arithmetic as published, files of one's own, generated ones, and clips."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from videomae_jax.data import (
+    decode,
+    detection_clips,
+    moving_scenes,
+    moving_shapes,
+    pipeline,
+    proposals,
+    sampling,
+    scenes,
+)
+from videomae_jax.data.sources import SourceError
+
+SPEC = moving_shapes.MovingShapes(size=48, frames=24, videos=16, seed=0)
+
+
+def test_pixels_include_the_last_one():
+    corners = np.array([[0.25, 0.5, 1.0, 1.0], [0.0, 0.0, 0.004, 1.0]], np.float32)
+    pixels = proposals.to_pixels(corners, 100, 200)
+    np.testing.assert_allclose(pixels[0], [50, 50, 199, 99])
+    assert proposals.has_area(pixels).tolist() == [True, False]  # less than a pixel wide
+    np.testing.assert_allclose(proposals.to_parts(pixels, 100, 200)[0], corners[0])
+
+
+def test_flip_and_crop_as_published():
+    box = np.array([[10, 20, 49, 99]], np.float32)
+    np.testing.assert_array_equal(proposals.flipped(box, 224), [[174, 20, 213, 99]])  # W - right - 1
+    np.testing.assert_array_equal(proposals.flipped(proposals.flipped(box, 224), 224), box)
+    np.testing.assert_array_equal(proposals.cropped(box, 30, 0, 60, 40), [[10, 0, 39, 59]])
+    assert not proposals.has_area(proposals.cropped(box, 0, 60, 224, 100)).any()
+
+
+def test_enlarged_by_a_tenth_and_a_twentieth():
+    box = np.array([[50, 50, 149, 149], [0, 0, 99, 223]], np.float32)
+    found = proposals.enlarged(box, 224, 224)
+    np.testing.assert_allclose(found[0], [45, 47.5, 154, 151.5])
+    np.testing.assert_allclose(found[1], [0, 0, 104, 223])
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(deadline=None)
+def test_jitter_keeps_its_bounds(seed):
+    rng = np.random.default_rng(seed)
+    low = rng.uniform(0, 200, (20, 2))
+    boxes = np.concatenate([low, low + rng.uniform(1, 23, (20, 2))], axis=1).astype(np.float32)
+    found = proposals.jittered(boxes, 224, 224, rng)
+    wide, high = (boxes[:, 2:] - boxes[:, :2] + 1).T
+    inner, moved = np.float32(1e-3), found - boxes
+    assert proposals.has_area(found).all()
+    assert (found >= 0).all()
+    assert (found <= 223).all()
+    assert (moved[:, 0] >= -0.2 * wide - inner).all()
+    assert (moved[:, 1] >= -0.1 * high - inner).all()
+    assert (moved[:, 0] <= 0.1 * wide + inner).all()
+    assert (moved[:, 1] <= 0.05 * high + inner).all()
+    assert (moved[:, 2] <= 0.2 * wide + inner).all()
+    assert (moved[:, 3] <= 0.1 * high + inner).all()
+
+
+def test_clips_around_the_key_as_published():
+    """64 frames, of which every fourth from the second: the key is the first of their right half."""
+    whole = sampling.key_clip(2000, 1000, 16, 4)
+    np.testing.assert_array_equal(whole, 1000 - 32 + 1 + 4 * np.arange(16))
+    start = sampling.key_clip(2000, 5, 16, 4)
+    assert start.min() == 0
+    assert (np.diff(start) >= 0).all()
+    np.testing.assert_array_equal(start[9:], whole[9:] - 995)
+    assert sampling.key_clip(2000, 1999, 16, 4).max() == 1999
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return moving_scenes.generate(SPEC, tmp_path_factory.mktemp("scenes"), processes=1)
+
+
+def test_generated_boxes_move_as_their_actions_say(folder):
+    train = scenes.open_scenes(str(folder), "train")
+    assert len(train) == 3 * SPEC.videos
+    assert train.classes == moving_scenes.ACTIONS
+    by_video = {}
+    for name, scene in zip(train.ids, train.scenes, strict=True):
+        by_video.setdefault(name.rpartition(",")[0], []).append(scene)
+    seen = set()
+    for first, middle, last in by_video.values():
+        assert first.time < middle.time < last.time
+        assert len({actions[0] for actions in middle.actions}) == len(middle.actions) >= 1
+        for before, after, actions in zip(first.corners, last.corners, middle.actions, strict=True):
+            down, right = moving_shapes.DIRECTIONS[train.classes[actions[0]]]
+            if min(before.min(), after.min()) > 0 and max(before.max(), after.max()) < 1:
+                moved = (after[:2] + after[2:] - before[:2] - before[2:]) / 2
+                np.testing.assert_array_equal(np.sign(moved.round(2)), [right, down])
+                seen.add(actions[0])
+    assert len(seen) == 8
+
+
+def test_generated_videos_show_their_boxes(folder):
+    """In its box a shape differs from the muted background around it."""
+    test = scenes.open_scenes(str(folder), "test")
+    record = test[1]
+    with decode.Video(record["video"]) as video:
+        key = video.index_at(record["scene"].time)
+        assert key == 12
+        frame = video.read([key])[0].astype(float)
+    for left, top, right, bottom in (record["scene"].corners * 48).round().astype(int):
+        inside = frame[top:bottom, left:right].mean((0, 1))
+        assert np.abs(inside - np.median(frame, (0, 1))).max() > 5
+
+
+def own(tmp_path, rows="a,1.5,0.1,0.1,0.5,0.5,1\n", classes="1,run\n2,sit\n", videos=("a",)):
+    (tmp_path / "videos").mkdir(exist_ok=True)
+    for name in videos:
+        decode.write_video(tmp_path / "videos" / f"{name}.mp4", np.zeros((40, 32, 48, 3), np.uint8), 10)
+    (tmp_path / "classes.csv").write_text(classes)
+    (tmp_path / "train.csv").write_text(rows)
+    return str(tmp_path)
+
+
+def test_boxes_of_ones_own(tmp_path):
+    rows = "a,1.50,0.1,0.1,0.5,0.5,2,7\na,1.5,0.1,0.1,0.5,0.5,1,7\na,1.5,0.2,0.1,0.5,0.5,1,8\n"
+    rows += "a,3,0,0,1,1,2\nb,1\n"
+    found = scenes.open_scenes(own(tmp_path, rows), "train")
+    assert found.ids == ("a,1500", "a,3000")
+    assert found.scenes[0].actions == ((0, 1), (0,))
+    assert found.select([1]).scenes == (found.scenes[1],)
+    assert found.fingerprint() != found.select([1, 0]).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": "a,1,0.5,0.1,0.1,0.5,1\n"}, "train.csv line 1: the box 0.5,0.1,0.1,0.5 is none"),
+        ({"rows": "a,1,0.1,0.1,0.5,1.5,1\n"}, "train.csv line 1: the box"),
+        (
+            {"rows": "a,1,0.1,0.1,0.5,0.5,1\na,1,0.1,0.1,0.5,0.5,3\n"},
+            "line 2: action 3 is not in classes.csv",
+        ),
+        ({"rows": "z,1,0.1,0.1,0.5,0.5,1\n"}, "line 1: there is no video z in"),
+        ({"rows": "a,1\n"}, "train.csv has no box in it"),
+    ],
+)
+def test_boxes_that_are_refused(tmp_path, change, message):
+    with pytest.raises(SourceError, match=message):
+        scenes.open_scenes(own(tmp_path, **change), "train")
+    with pytest.raises(SourceError, match=r"has no validation.csv"):
+        scenes.open_scenes(str(tmp_path), "validation")
+
+
+def test_boxes_of_a_detector(tmp_path):
+    source = scenes.open_scenes(own(tmp_path), "train")
+    file = tmp_path / "found.csv"
+    file.write_text(
+        "a,1.5,0.1,0.1,0.5,0.6,,0.9\n".replace(",,", ",1,") + "a,1.5,0.3,0.1,0.5,0.6,1,0.7\nz,1,0,0,1,1,1,1\n"
+    )
+    found = scenes.detected(source, str(file), 0.8)
+    assert found.ids == ("a,1500",)
+    np.testing.assert_allclose(found.scenes[0].scores, [0.9])
+    with pytest.raises(SourceError, match=r"none of score 0.95 or more"):
+        scenes.detected(source, str(file), 0.95)
+    file.write_text("")
+    with pytest.raises(SourceError, match="no box in it"):
+        scenes.detected(source, str(file), 0.8)
+    file.write_text("a,2,0,0,1,1,1,1\n")
+    with pytest.raises(SourceError, match="no key frame in common"):
+        scenes.detected(source, str(file), 0.8)
+
+
+CLIP = detection_clips.DetectClip(8, 2, (32, 32), (40, 44), True, 4, 10)
+
+
+def test_training_clips(folder):
+    source = scenes.open_scenes(str(folder), "train")
+    dataset = pipeline.clips(source, CLIP, seed=0, batch_size=16)
+    batch = next(pipeline.iterate(dataset, 16, workers=0, threads=1))
+    assert batch["video"].shape == (16, 8, 32, 32, 3)
+    assert batch["boxes"].shape == (16, 4, 4)
+    boxes, weight = batch["boxes"][batch["box_weight"] > 0], batch["box_weight"]
+    assert proposals.has_area(boxes).all()
+    assert boxes.min() >= 0
+    assert boxes.max() <= 31
+    assert 16 <= weight.sum() <= 48
+    assert (batch["actions"][weight > 0].sum(-1) >= 1).all()
+    assert not batch["actions"][weight == 0].any()
+    again = next(pipeline.iterate(dataset, 16, workers=0, threads=2))
+    np.testing.assert_array_equal(batch["boxes"], again["boxes"])
+
+
+def test_more_boxes_than_slots_keep_their_own_labels(tmp_path):
+    rows = "".join(f"a,1.5,{i / 10},0.1,{i / 10 + 0.1},0.9,{1 + i % 2}\n" for i in range(9))
+    source = scenes.open_scenes(own(tmp_path, rows), "train")
+    clip = detection_clips.DetectClip(4, 1, (32, 48), (32, 32), False, 3, 2)
+    for seed in range(5):
+        made = clip.random_map((0, source[0]), np.random.default_rng(seed))
+        assert made["box_weight"].sum() == 3
+        middles = made["boxes"][0, :, [0, 2]].mean(0) / 48 * 10
+        wanted = np.eye(2)[middles.astype(int) % 2]
+        np.testing.assert_array_equal(made["actions"][0], wanted)
+
+
+def test_a_damaged_video_has_weight_0_and_no_box(tmp_path):
+    source = scenes.open_scenes(own(tmp_path), "train")
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"nothing")
+    made = detection_clips.DetectClip(4, 1, (32, 32), (32, 32), False, 3, 2).random_map(
+        (0, source[0]), np.random.default_rng(0)
+    )
+    assert made["weight"] == 0
+    assert made["error"]
+    assert not made["box_weight"].any()
+
+
+def test_a_key_beyond_the_video_is_said(tmp_path):
+    source = scenes.open_scenes(own(tmp_path, "a,99,0.1,0.1,0.5,0.5,1\n"), "train")
+    made = detection_clips.KeyView(4, 1, (32, 48), 3, 2).map((0, source[0]))
+    assert made["weight"] == 0
+    assert "99" in made["error"]
+
+
+def test_test_views(folder):
+    source = scenes.open_scenes(str(folder), "test")
+    made = detection_clips.KeyView(8, 2, (48, 48), 4, 10).map((0, source[0]))
+    count = len(source.scenes[0].corners)
+    assert made["box_weight"].sum() == count
+    plain = proposals.to_pixels(source.scenes[0].corners, 48, 48)
+    assert (made["boxes"][0, :count, 0] <= plain[:, 0]).all()
+    empty = detection_clips.KeyView(8, 2, (48, 48), 4, 10).map((3, None))
+    assert empty["weight"] == 0
+    assert empty["boxes"].shape == (1, 4, 4)

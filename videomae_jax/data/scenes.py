@@ -1,0 +1,232 @@
+"""Videos with boxes: key frames, who is where in them, and what they do; a folder of one's own.
+
+    FOLDER/classes.csv (or .pbtxt)        number,name of each action
+    FOLDER/train.csv, validation.csv, test.csv    video,time,left,top,right,bottom,action[,person]
+    FOLDER/videos/NAME.mp4 (any suffix)   the videos that the rows name
+    FOLDER/detected_validation.csv, detected_test.csv    boxes that a detector found, with scores (optional)
+    FOLDER/excluded_validation.csv, excluded_test.csv    video,time that do not count (optional)
+
+This is AVA's form; times are seconds into the file.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from videomae_jax.data import boxes, sources
+from videomae_jax.data.boxes import Row
+from videomae_jax.data.sources import Record, Source, SourceError
+
+PARTS = ("train", "validation", "test")
+
+
+class Scene(NamedTuple):
+    """What is known of a key frame.
+
+    Attributes:
+        time: seconds into the video.
+        corners: of each box, in parts of the frame, float32 [R, 4].
+        actions: of each box, places in the classes; () of one that a detector found.
+        scores: how sure the detector is of each, float32 [R]; 1 for annotated boxes.
+    """
+
+    time: float
+    corners: np.ndarray
+    actions: tuple[tuple[int, ...], ...]
+    scores: np.ndarray
+
+
+class SceneRecord(Record):
+    """A record of a key frame."""
+
+    scene: Scene
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneSource(Source):
+    """Key frames with boxes, as `Source`; an id is `video,milliseconds`, there is no label.
+
+    Attributes:
+        scenes: what is known of each.
+        files: path of each video, by name.
+        numbers: number of each class in the files, in order.
+        excluded: ids that do not count.
+    """
+
+    scenes: tuple[Scene, ...] = ()
+    files: tuple[tuple[str, str], ...] = ()
+    numbers: tuple[int, ...] = ()
+    excluded: frozenset[str] = frozenset()
+
+    @functools.cached_property
+    def _paths(self) -> dict[str, str]:
+        return dict(self.files)
+
+    def __getitem__(self, index: int) -> SceneRecord:
+        index = int(index)
+        name = self.ids[index]
+        video = name.rpartition(",")[0]
+        return {
+            "video": self._paths[video],
+            "name": name,
+            "label": -1,
+            "record": index,
+            "error": "",
+            "scene": self.scenes[index],
+        }
+
+    def select(self, indices) -> "SceneSource":
+        """The key frames at `indices`, in that order."""
+        chosen = super().select(indices)
+        return dataclasses.replace(chosen, scenes=tuple(self.scenes[i] for i in indices))
+
+    def fingerprint(self) -> str:
+        """As `Source.fingerprint`, of boxes and actions too."""
+        digest = hashlib.sha256(super().fingerprint().encode())
+        for scene in self.scenes:
+            digest.update(scene.corners.tobytes() + scene.scores.tobytes() + str(scene.actions).encode())
+        return digest.hexdigest()[:16]
+
+
+def id_of(frame: tuple[str, int]) -> str:
+    """The id of a frame (video, milliseconds)."""
+    return f"{frame[0]},{frame[1]}"
+
+
+def has_boxes(path: str) -> bool:
+    """Whether a folder is one of this form."""
+    return (epath.Path(path) / "train.csv").is_file() and _class_list(epath.Path(path)) is not None
+
+
+def has_part(path: str, part: str) -> bool:
+    """Whether it has boxes for a part."""
+    return (epath.Path(path) / f"{part}.csv").is_file()
+
+
+def open_scenes(path: str, part: str) -> SceneSource:
+    """The annotated key frames of a part that have a box.
+
+    Raises:
+        SourceError: a file that is not there or not understood, a box that is none, an unknown action or
+            video, naming file and line.
+    """
+    folder = epath.Path(path)
+    listed = _class_list(folder)
+    if listed is None or not has_part(path, part):
+        raise SourceError(
+            f"{path} has no {part}.csv and classes.csv: boxes of one's own are a folder with classes.csv, "
+            f"train.csv, validation.csv (video,time,left,top,right,bottom,action) and videos/"
+        )
+    actions = boxes.read_actions(str(listed))
+    numbers = tuple(sorted(actions))
+    place = {number: i for i, number in enumerate(numbers)}
+    file = str(folder / f"{part}.csv")
+    rows = [row for row in boxes.read_rows(file) if row.corners]
+    for row in rows:
+        check_box(file, row)
+        if row.action not in place:
+            raise SourceError(f"{file} line {row.line}: action {row.action} is not in {listed.name}")
+    if not rows:
+        raise SourceError(f"{file} has no box in it")
+    videos = _find_videos(folder, file, rows)
+    # A box of several actions stands there once for each.
+    frames: dict[tuple[str, int], dict[tuple, set[int]]] = {}
+    for row in rows:
+        who = (row.corners, row.extra)
+        frames.setdefault(row.frame, {}).setdefault(who, set()).add(place[row.action])
+    kept = sorted(frames)
+    scenes = tuple(
+        Scene(
+            frame[1] / 1000,
+            np.array([who[0] for who in frames[frame]], np.float32),
+            tuple(tuple(sorted(done)) for done in frames[frame].values()),
+            np.ones(len(frames[frame]), np.float32),
+        )
+        for frame in kept
+    )
+    excluded = folder / f"excluded_{part}.csv"
+    return SceneSource(
+        root=path,
+        ids=tuple(id_of(frame) for frame in kept),
+        labels=(-1,) * len(kept),
+        classes=tuple(actions[number] for number in numbers),
+        scenes=scenes,
+        files=tuple(sorted(videos.items())),
+        numbers=numbers,
+        excluded=frozenset(map(id_of, boxes.read_frames(str(excluded)) if excluded.is_file() else ())),
+    )
+
+
+def check_box(file: str, row: Row) -> None:
+    """Refuses a box that lies outside the frame or is reversed.
+
+    Raises:
+        SourceError: naming the line.
+    """
+    assert row.corners
+    left, top, right, bottom = row.corners
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise SourceError(
+            f"{file} line {row.line}: the box {left:g},{top:g},{right:g},{bottom:g} is none: corners are "
+            f"parts of the frame, 0 <= left < right <= 1 and 0 <= top < bottom <= 1"
+        )
+
+
+def detected(source: SceneSource, file: str, threshold: float) -> SceneSource:
+    """The same videos with the boxes that a detector found, those of `threshold` or more.
+
+    Key frames without any are left out; their truth still counts.
+
+    Raises:
+        SourceError: a file of other videos, or without a box of that score.
+    """
+    found: dict[tuple[str, int], list[Row]] = collections.defaultdict(list)
+    known = {name for name, _ in source.files}
+    rows = [row for row in boxes.read_rows(file) if row.corners]
+    for row in rows:
+        if row.extra >= threshold and row.video in known:
+            check_box(file, row)
+            found[row.frame].append(row)
+    if not found:
+        best = max((row.extra for row in rows), default=None)
+        why = "no box in it" if best is None else f"none of score {threshold:g} or more of these videos"
+        raise SourceError(f"{file}: {why}: detections are video,time,left,top,right,bottom,class,score")
+    ids = {id_of(frame) for frame in found}
+    if not ids & set(source.ids):
+        raise SourceError(f"{file} and {source.root} have no key frame in common, such as {min(ids)} ms")
+    kept = sorted(found)
+    scenes = tuple(
+        Scene(
+            frame[1] / 1000,
+            np.array([row.corners for row in found[frame]], np.float32),
+            ((),) * len(found[frame]),
+            np.array([row.extra for row in found[frame]], np.float32),
+        )
+        for frame in kept
+    )
+    return dataclasses.replace(source, ids=tuple(map(id_of, kept)), labels=(-1,) * len(kept), scenes=scenes)
+
+
+def _class_list(folder: epath.Path) -> epath.Path | None:
+    lists = [folder / f"classes{suffix}" for suffix in (".csv", ".pbtxt")]
+    return next((file for file in lists if file.is_file()), None)
+
+
+def _find_videos(folder: epath.Path, file: str, rows: list[Row]) -> dict[str, str]:
+    """The file of each video that rows name, in FOLDER/videos, or one of its folders."""
+    root = folder / "videos"
+    there = {}
+    for video in sources.videos_below(root) if root.is_dir() else ():
+        name = video.relative_to(root).as_posix()
+        there[name] = there[name.removesuffix(video.suffix)] = str(video)
+    found = {}
+    for row in rows:
+        if row.video not in there:
+            raise SourceError(f"{file} line {row.line}: there is no video {row.video} in {root}")
+        found[row.video] = there[row.video]
+    return found
