@@ -3,7 +3,7 @@
     ./launch/local.sh train --config=configs/debug.py --workdir=runs/debug
 
 For tests, and for seeing a change run before it runs for hours. Arguments: data=PATH and
-task=pretrain|latent|contrast|finetune|distill|probe; teacher=RUN for latent and distill.
+task=pretrain|latent|contrast|finetune|distill|detect|probe; teacher=RUN for latent and distill.
 """
 
 from videomae_jax import config
@@ -34,6 +34,10 @@ def get_config(arg: str | None = None):
     elif arg.task in ("pretrain", "latent"):
         c.model.decoder.update(width=16, depth=1, num_heads=1, mlp_dim=32)
         c.mask.ratio = 0.75
+    elif arg.task == "detect":
+        c.augment.flip = False
+        c.detect.update(boxes=4, bins=3, short=(32, 36), test_short=32)
+        c.evaluate.every = 10
     else:
         c.model.drop_path, c.head.dropout = 0.1, 0.1
         c.optim.layer_decay = 0.8

@@ -18,7 +18,7 @@ from orbax.checkpoint._src.path import gcs_utils
 
 from videomae_jax import config as settings
 from videomae_jax import sharding
-from videomae_jax.data import moving_shapes
+from videomae_jax.data import moving_scenes, moving_shapes
 from videomae_jax.tasks import table
 from videomae_jax.training import compute
 
@@ -81,6 +81,13 @@ def shapes(tmp_path_factory) -> pathlib.Path:
     """A few generated videos: SPLIT/CLASS/NUMBER.mp4."""
     spec = moving_shapes.MovingShapes(size=32, frames=16, videos=32, seed=0)
     return moving_shapes.generate(spec, tmp_path_factory.mktemp("cache"), processes=1)
+
+
+@pytest.fixture(scope="session")
+def boxed(tmp_path_factory) -> pathlib.Path:
+    """A few generated videos with boxes, as `data.scenes` reads them."""
+    spec = moving_shapes.MovingShapes(size=32, frames=16, videos=24, seed=0)
+    return moving_scenes.generate(spec, tmp_path_factory.mktemp("cache"), processes=1)
 
 
 @pytest.fixture(scope="session")

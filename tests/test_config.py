@@ -15,7 +15,7 @@ from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.layout import WHOLE
 from videomae_jax.models.mae import VideoMAEConfig
 from videomae_jax.tasks import table
-from videomae_jax.training import compute
+from videomae_jax.training import compute, planned
 
 # (size, data): batch, effective lr, effective min lr, mask, stride, decoder depth, duration, warm-up, every
 # Fact sheet 4.4; HMDB51 from the paper's text.
@@ -156,6 +156,9 @@ def test_a_path_takes_the_kinetics_recipe():
         ("debug", ""),
         *(("finetune", f"size={size},data={data}") for size, data in FINETUNING),
         ("finetune", "size=tiny,data=moving_shapes"),
+        ("detect", "size=tiny,data=moving_shapes"),
+        *(("detect", f"size={size}") for size in ("small", "base", "large", "huge")),
+        ("detect", "size=base,data=/my/boxes,recipe=mmaction,start=finetuned,normalise=official"),
         ("finetune", "size=base,data=/my/videos,preset=small_data"),
         ("debug", "task=finetune"),
         ("moco", "size=base,data=k400"),
@@ -175,13 +178,8 @@ def assert_locked_and_traced(c):
     assert set(settings.flatten(c)) == set(settings.flatten(settings.defaults()))
     task = task_of(c)
     frames, height, width = task.model.clip_size
-    batch = {
-        "video": jax.ShapeDtypeStruct((8, frames, height, width, 3), "uint8"),
-        "index": jax.ShapeDtypeStruct((8,), "uint32"),
-        "weight": jax.ShapeDtypeStruct((8,), "float32"),
-        "label": jax.ShapeDtypeStruct((8,), "int32"),
-        "erase": jax.ShapeDtypeStruct((8, 4), "int32"),
-    }
+    batch = planned.batch_shapes(task, 8)
+    assert batch["video"].shape == (8, frames, height, width, 3)
     params = jax.eval_shape(task.init, jax.random.key(0))
     others = jax.eval_shape(task.others, params)
     step = jax.ShapeDtypeStruct((), "int32")
@@ -231,7 +229,8 @@ def test_probe_configs(kind):
 
 def test_every_config_file_is_tested():
     assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {
-        *("pretrain", "pretrain_v2", "latent", "moco", "finetune", "distill", "probe", "small", "debug"),
+        *("pretrain", "pretrain_v2", "latent", "moco", "finetune", "distill", "detect", "probe", "small"),
+        "debug",
     }
 
 
@@ -243,6 +242,8 @@ def test_every_config_file_is_tested():
         ("pretrain", "size=giant", "size=giant is unknown: use small, base, large, huge"),
         ("debug", "x", "'x' is not understood"),
         ("finetune", "size=vast", "size=vast is unknown: use tiny, small"),
+        ("detect", "size=vast", "size=vast is unknown: use tiny, small"),
+        ("detect", "recipe=ours", "recipe=ours is unknown: use published or mmaction"),
         ("finetune", "recipe=v3", "recipe=v3 is unknown: use v1 or v2"),
         ("finetune", "recipe=v2,size=small", "recipe=v2 has no row for size=small"),
         ("finetune", "start=k710", "start=k710 is for size=giant"),

@@ -20,7 +20,7 @@ from videomae_jax import keys, sharding
 from videomae_jax.data import pipeline
 from videomae_jax.models import vit
 from videomae_jax.tasks import table
-from videomae_jax.training import checkpoint, compute, loop, optim, splits, step, trainer
+from videomae_jax.training import checkpoint, compute, loop, optim, step, trainer
 
 NAMES = sorted(table.METHODS)
 # What compiles steps for each method: one of them by default, all with `-m slow`.
@@ -34,12 +34,12 @@ OTHERS = set(NAMES) - set(keys.KEYS["model.decoder.width"].read_by)  # have no d
 
 
 @pytest.fixture(scope="module")
-def made(shapes, teachers):
+def made(shapes, boxed, teachers):
     """name -> (task, settings, a batch as its loader makes it, the last video of which is bad)"""
     found = {}
     for name in NAMES:
-        config = debug_config(name, shapes, teachers)
-        source = splits.open_splits(config).train
+        config = debug_config(name, boxed if name == "detect" else shapes, teachers)
+        source = task_of(config).open_videos(config).train
         task = task_of(config, source)
         task = dataclasses.replace(task, model=dataclasses.replace(task.model, compute=vit.Compute()))
         dataset = pipeline.clips(source, task.clip_transform, seed=0, batch_size=16)
@@ -63,10 +63,10 @@ def teachers(shapes, tmp_path_factory):
     return folders
 
 
-def debug_config(name, shapes, teachers):
+def debug_config(name, data, teachers):
     teacher = {"latent": "pretrain", "distill": "finetune"}.get(name)
     of_whom = f",teacher={teachers[teacher]}" if teacher else ""
-    config = load_config("debug", f"data={shapes},task={name}{of_whom}")
+    config = load_config("debug", f"data={data},task={name}{of_whom}")
     config.model.decoder.num_heads = config.model.decoder.num_heads if name in OTHERS else 2
     return config
 
@@ -200,11 +200,11 @@ def test_two_steps_are_one_saved_restored_and_another(name, made, tmp_path):
 
 
 @pytest.mark.parametrize("name", EVERY_METHOD)
-def test_a_run_says_and_leaves_what_every_run_does(name, shapes, teachers, tmp_path, capsys):
-    config = debug_config(name, shapes, teachers)
+def test_a_run_says_and_leaves_what_every_run_does(name, shapes, boxed, teachers, tmp_path, capsys):
+    config = debug_config(name, boxed if name == "detect" else shapes, teachers)
     config.optim.update(duration=4, warmup=1)
     config.checkpoint.every = 2
-    if name not in keys.CLASSIFIERS:
+    if name not in keys.ADAPTED:
         config.evaluate.every = 4
     summary = table.train(config, tmp_path, time.time())
     assert (summary["step"], summary["task"], summary["interrupted"]) == (4, name, False)

@@ -94,9 +94,9 @@ def _hints(values: Any) -> Any:
 def _evaluate(values: Any, _arguments: list[str], _started: float) -> None:
     _compile_cache()
     _start_hosts(values.hosts)
-    from videomae_jax.tasks import evaluate
+    from videomae_jax.tasks import table
 
-    evaluate.run(values.config, storage.at(values.workdir), values.checkpoint, _hints(values))
+    table.evaluate_weights(values.config, storage.at(values.workdir), values.checkpoint, _hints(values))
 
 
 def _evaluate_flags(values: flags.FlagValues) -> None:

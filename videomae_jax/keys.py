@@ -6,10 +6,10 @@ from typing import Any
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-TASKS = ("pretrain", "latent", "contrast", "finetune", "distill", "probe")
+TASKS = ("pretrain", "latent", "contrast", "finetune", "distill", "detect", "probe")
 
 # Tasks by what they have in common.
-TRAINED = ("pretrain", "latent", "contrast", "finetune", "distill")  # step by step
+TRAINED = ("pretrain", "latent", "contrast", "finetune", "distill", "detect")  # step by step
 PIXELS = ("pretrain",)
 MASKED = (*PIXELS, "latent")  # a masked encoder and a decoder
 DISTILLED = ("distill",)
@@ -17,11 +17,14 @@ TAUGHT = ("latent", *DISTILLED)
 CONTRAST = ("contrast",)
 FINETUNED = ("finetune",)
 CLASSIFIERS = (*FINETUNED, *DISTILLED)
+DETECTORS = ("detect",)
+ADAPTED = CLASSIFIERS + DETECTORS  # a backbone with a new head
 PROBES = ("probe",)
 LABELLED = CLASSIFIERS + PROBES
 SELF_SUPERVISED = (*MASKED, *CONTRAST)
 NEIGHBOURS = SELF_SUPERVISED + PROBES
 CROPPED = CONTRAST + CLASSIFIERS
+MIRRORED = CROPPED + DETECTORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,7 @@ KEYS: dict[str, Key] = {
     "head.kind": Key("softmax", "softmax (one class a video) | multilabel | regression", read_by=LABELLED),
     "head.pooling": Key("mean", "of tokens: mean | first", read_by=LABELLED),
     "head.dropout": Key(0.0, "of pooled features, in training", "[0, 1)", read_by=CLASSIFIERS),
-    "head.scale": Key(0.001, "factor of its initial weights", "[0, inf)", read_by=CLASSIFIERS),
+    "head.scale": Key(0.001, "factor of its initial weights", "[0, inf)", read_by=ADAPTED),
     "mask.kind": Key(
         "tube", "tube | random | frame | multi_block (of places, in all slices)", read_by=MASKED
     ),
@@ -97,6 +100,19 @@ KEYS: dict[str, Key] = {
     "distill.temperature": Key(1.0, "that outputs are divided by", "(0, inf)", read_by=DISTILLED),
     "distill.hard_weight": Key(0.0, "of the loss with the labels", "[0, inf)", read_by=DISTILLED),
     "distill.feature_weight": Key(0.0, "of the features' distance", "[0, inf)", read_by=DISTILLED),
+    "detect.boxes": Key(
+        32, "of a training clip, at most; of more, some drawn at random", "[1, inf)", read_by=DETECTORS
+    ),
+    "detect.bins": Key(7, "parts of a box along each axis", "[1, inf)", read_by=DETECTORS),
+    "detect.aligned": Key(False, "pixel centres half a pixel in; published: False", read_by=DETECTORS),
+    "detect.short": Key(
+        (256, 256), "least and largest short side of a training frame, pixels", "[1, inf)", read_by=DETECTORS
+    ),
+    "detect.test_short": Key(256, "of a test frame, whose shape is kept", "[1, inf)", read_by=DETECTORS),
+    "detect.threshold": Key(
+        0.8, "least score of a detector's box (detected_validation.csv)", "[0, 1]", read_by=DETECTORS
+    ),
+    "detect.colours": Key(True, "change hue, saturation and value of training clips", read_by=DETECTORS),
     "loss.kind": Key("mse", "mse | l1 | smooth_l1", read_by=MASKED),
     "loss.normalize_target": Key(True, "per tubelet and channel; False: pixels in 0..1", read_by=PIXELS),
     "loss.smoothing": Key(0.1, "of the labels' distributions", "[0, 1)", read_by=CLASSIFIERS),
@@ -138,7 +154,7 @@ KEYS: dict[str, Key] = {
     "data.generate.size": Key(64, "side of moving_shapes, pixels", "[1, inf)"),
     "data.generate.videos": Key(2048, "for training, of moving_shapes", "[1, inf)"),
     "augment.policy": Key("rand-m7-n4-mstd0.5-inc1", 'of RandAugment; "": none', read_by=CLASSIFIERS),
-    "augment.flip": Key(True, "mirror half of the clips; not where left and right matter", read_by=CROPPED),
+    "augment.flip": Key(True, "mirror half of the clips; not where left and right matter", read_by=MIRRORED),
     "augment.area": Key((0.08, 1.0), "share of a frame that a crop takes", "(0, 1]", read_by=CROPPED),
     "augment.erasing": Key(
         0.25, "probability that a box of a clip becomes noise", "[0, 1]", read_by=CLASSIFIERS
@@ -174,22 +190,22 @@ KEYS: dict[str, Key] = {
         1, "microbatches that a batch is cut into: less memory, the same update", "[1, inf)", read_by=TRAINED
     ),
     "optim.layer_decay": Key(
-        1.0, "factor of the learning rate from a layer to the one below", "(0, 1]", read_by=CLASSIFIERS
+        1.0, "factor of the learning rate from a layer to the one below", "(0, 1]", read_by=ADAPTED
     ),
     "optim.freeze_blocks": Key(
-        0, "the embedding and this many blocks stay as they are; 0: nothing", "[0, inf)", read_by=CLASSIFIERS
+        0, "the embedding and this many blocks stay as they are; 0: nothing", "[0, inf)", read_by=ADAPTED
     ),
     "optim.ema": Key(
         0.0,
         "decay of the average of the weights, which is then what counts; 0: none",
         "[0, 1)",
-        read_by=CLASSIFIERS,
+        read_by=ADAPTED,
     ),
     "optim.patience": Key(
         0,
         "evaluations without improvement before training ends early; 0: never",
         "[0, inf)",
-        read_by=CLASSIFIERS,
+        read_by=ADAPTED,
     ),
     "mesh.data": Key(
         -1,

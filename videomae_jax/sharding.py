@@ -175,7 +175,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return tree if all(map(is_whole, jax.tree.leaves(tree))) else _replicator(mesh)(tree)
 
 
-def by_rows(function: Callable[[Any, jax.Array], jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
+def by_rows(function: Callable[[Any, Any], jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
     """`function` of whole parameters and rows, run by each device on its rows; for use inside `jax.jit`."""
     rows = PartitionSpec(ROW_AXES)
     specs = (PartitionSpec(), rows)

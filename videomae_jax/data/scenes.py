@@ -212,6 +212,23 @@ def detected(source: SceneSource, file: str, threshold: float) -> SceneSource:
     return dataclasses.replace(source, ids=tuple(map(id_of, kept)), labels=(-1,) * len(kept), scenes=scenes)
 
 
+def hold_out(source: SceneSource) -> tuple[SceneSource, SceneSource]:
+    """(kept, held out): all key frames of a tenth of the videos, chosen by the hash of their names.
+
+    Of one video alone, it is both.
+    """
+    names = sorted({name.rpartition(",")[0] for name in source.ids}, key=_hash)
+    held = set(names[: max(len(names) // 10, 1)]) if len(names) > 1 else set(names)
+    places = {True: [], False: []}
+    for place, name in enumerate(source.ids):
+        places[name.rpartition(",")[0] in held].append(place)
+    return source.select(places[len(names) == 1] or places[False]), source.select(places[True])
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
 def _class_list(folder: epath.Path) -> epath.Path | None:
     lists = [folder / f"classes{suffix}" for suffix in (".csv", ".pbtxt")]
     return next((file for file in lists if file.is_file()), None)

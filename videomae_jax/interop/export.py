@@ -18,17 +18,19 @@ from flax import nnx
 
 from videomae_jax import storage
 from videomae_jax.models import functional
+from videomae_jax.models.detector import ActionDetector, DetectorConfig
 from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
 from videomae_jax.storage import Place
 
-Model = VideoMAE | VideoClassifier
-ModelConfig = VideoMAEConfig | ClassifierConfig
+Model = VideoMAE | VideoClassifier | ActionDetector
+ModelConfig = VideoMAEConfig | ClassifierConfig | DetectorConfig
 
 FORMAT = 1
 _KINDS: dict[str, tuple[type[Model], type[ModelConfig]]] = {
     "VideoMAE": (VideoMAE, VideoMAEConfig),
     "VideoClassifier": (VideoClassifier, ClassifierConfig),
+    "ActionDetector": (ActionDetector, DetectorConfig),
 }
 
 

@@ -5,8 +5,8 @@ import os
 import pathlib
 from typing import Any
 
-from videomae_jax.interop.export import ExportError, ModelConfig
-from videomae_jax.interop.torch_weights import WeightsError
+from videomae_jax.interop.export import ExportError
+from videomae_jax.interop.torch_weights import PublishedConfig, WeightsError
 from videomae_jax.models.heads import ClassifierConfig
 
 
@@ -63,7 +63,7 @@ def fields(hf: dict[str, Any], folder: str | os.PathLike) -> tuple[dict[str, Any
     return told, heads, number("decoder_num_attention_heads", 6)
 
 
-def config_of(config: ModelConfig) -> dict[str, Any]:
+def config_of(config: PublishedConfig) -> dict[str, Any]:
     """The config.json that Hugging Face needs beside the weights."""
     frames, height, width = config.clip_size
     if height != width:

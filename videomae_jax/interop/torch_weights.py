@@ -16,7 +16,7 @@ from videomae_jax.models import vit
 from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.mae import VideoMAEConfig
 
-ModelConfig = VideoMAEConfig | ClassifierConfig
+PublishedConfig = VideoMAEConfig | ClassifierConfig
 LAYOUTS = ("official", "hf")
 
 
@@ -69,7 +69,7 @@ class Entry:
         }
         return forward[self.transform](tensor) if self.transform != "same" else tensor
 
-    def to_theirs(self, array: np.ndarray, config: ModelConfig) -> np.ndarray:
+    def to_theirs(self, array: np.ndarray, config: PublishedConfig) -> np.ndarray:
         """The inverse of `to_ours`, on this entry's part of our parameter."""
         if self.layer is not None:
             array = array[self.layer]
@@ -124,7 +124,7 @@ _HF_BLOCK: _Rows = (
 )
 
 
-def table(config: ModelConfig, layout: str) -> Iterator[Entry]:
+def table(config: PublishedConfig, layout: str) -> Iterator[Entry]:
     """Every tensor of a model in a layout.
 
     Raises:
@@ -164,7 +164,7 @@ def _pair(theirs: str, ours: str, weight: str) -> Iterator[Entry]:
     yield Entry(f"{theirs}.bias", f"{ours}/bias")
 
 
-def _blocks(theirs: str, ours: str, depth: int, config: ModelConfig, is_hf: bool) -> Iterator[Entry]:
+def _blocks(theirs: str, ours: str, depth: int, config: PublishedConfig, is_hf: bool) -> Iterator[Entry]:
     rows = _HF_BLOCK if is_hf else _OFFICIAL_BLOCK
     if config.layer_scale > 0:
         rows += _OFFICIAL_SCALES
@@ -174,7 +174,10 @@ def _blocks(theirs: str, ours: str, depth: int, config: ModelConfig, is_hf: bool
 
 
 def to_ours(
-    tensors: dict[str, np.ndarray], config: ModelConfig, layout: str, shapes: Mapping[str, tuple[int, ...]]
+    tensors: dict[str, np.ndarray],
+    config: PublishedConfig,
+    layout: str,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, np.ndarray]:
     """Our parameters by path, float32, from their tensors, which are taken out of `tensors` one by one.
 
@@ -212,7 +215,9 @@ def to_ours(
     return params
 
 
-def to_theirs(params: Mapping[str, np.ndarray], config: ModelConfig, layout: str) -> dict[str, np.ndarray]:
+def to_theirs(
+    params: Mapping[str, np.ndarray], config: PublishedConfig, layout: str
+) -> dict[str, np.ndarray]:
     """Their tensors by name from our parameters by path; the inverse of `to_ours`, bit for bit.
 
     Raises:
@@ -274,7 +279,7 @@ def infer(
     decoder_num_heads: int | None,
     fields: Mapping[str, Any],
     heads_by_width: Mapping[int, int],
-) -> tuple[ModelConfig, str, dict[str, np.ndarray]]:
+) -> tuple[PublishedConfig, str, dict[str, np.ndarray]]:
     """(config, layout, tensors under the table's names) of cleaned tensors.
 
     Args:

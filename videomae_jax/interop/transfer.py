@@ -1,4 +1,4 @@
-"""A classifier's start from trained weights: a complete backbone or nothing, and an account of every name."""
+"""A start from trained weights: a complete backbone or nothing, and an account of every name."""
 
 import dataclasses
 import os
@@ -9,7 +9,10 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from videomae_jax.interop import weights
+from videomae_jax.interop.export import ModelConfig
+from videomae_jax.models.detector import DetectorConfig
 from videomae_jax.models.heads import ClassifierConfig
+from videomae_jax.models.mae import VideoMAEConfig
 
 _SAME = ("tubelet", "encoder", "pixel_mean", "pixel_std")
 
@@ -20,7 +23,7 @@ class TransferError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """Weights for a classifier to start from.
+    """Weights to start from.
 
     Attributes:
         params: nested dict of the parameters that were matched.
@@ -37,13 +40,14 @@ class Transfer:
         return f"{len(self.matched)} arrays taken; fresh: {fresh}; unused: {unused}"
 
 
-def read(path: str | os.PathLike, config: ClassifierConfig, names: list[str]) -> Transfer:
-    """Reads what a classifier of `config` with the parameters `names` ("encoder/embed/kernel", ...) can use.
+def read(path: str | os.PathLike, config: ClassifierConfig | DetectorConfig, names: list[str]) -> Transfer:
+    """Reads what a model of `config` with the parameters `names` ("encoder/embed/kernel", ...) can use.
 
     The backbone must be there whole. The final norm is taken from a classifier with the same pooling; from a
-    pretraining model it is for pooling "first" only (with "mean" the published norm starts fresh). The head
-    is taken from a classifier with the same kind of head that knows all the classes, by their names: so one
-    of Kinetics-710 begins on Kinetics-400, 600 or 700 with what it knows.
+    pretraining model it is for pooling "first" only (with "mean" the published norm starts fresh). A
+    detector, whose norm is of every token, takes any norm that there is. The head is taken from a model of
+    the same kind, and kind of head, that knows all the classes, by their names: so one of Kinetics-710 begins
+    on Kinetics-400, 600 or 700 with what it knows.
 
     Raises:
         ExportError: `path` holds no model.
@@ -64,14 +68,18 @@ def read(path: str | os.PathLike, config: ClassifierConfig, names: list[str]) ->
         )
     tree: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     found = {"/".join(key): np.asarray(value) for key, value in flatten_dict(tree).items()}
-    is_classifier = isinstance(theirs, ClassifierConfig)
-    if not is_classifier and config.pooling == "first":
+    takes_every_norm = isinstance(config, DetectorConfig)
+    if isinstance(theirs, VideoMAEConfig) and (takes_every_norm or config.pooling == "first"):
         found |= {
             name.removeprefix("encoder/"): found.pop(name) for name in list(found) if "encoder/norm" in name
         }
-    has_norm = theirs.pooling == config.pooling if is_classifier else config.pooling == "first"
+    has_norm = "norm/scale" in found and (takes_every_norm or _pooling(theirs) == config.pooling)
     has_head = False
-    if is_classifier and theirs.head == config.head and set(config.classes) <= set(theirs.classes):
+    if (
+        isinstance(theirs, type(config))
+        and getattr(theirs, "head", "") == getattr(config, "head", "")
+        and set(config.classes) <= set(theirs.classes)
+    ):
         has_head = True
         rows = [theirs.classes.index(name) for name in config.classes]
         found |= {f"head/{name}": found[f"head/{name}"][..., rows] for name in ("kernel", "bias")}
@@ -91,6 +99,13 @@ def read(path: str | os.PathLike, config: ClassifierConfig, names: list[str]) ->
         fresh=sorted(set(names) - set(wanted)),
         unused=sorted(set(found) - set(wanted)),
     )
+
+
+def _pooling(config: ModelConfig) -> str:
+    """Of which tokens the norm before a head is."""
+    if isinstance(config, ClassifierConfig):
+        return config.pooling
+    return "first" if isinstance(config, VideoMAEConfig) else "every"
 
 
 def _folded(names: list[str]) -> list[str]:

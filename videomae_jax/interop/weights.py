@@ -20,8 +20,9 @@ from videomae_jax import storage
 from videomae_jax.interop import export, hugging_face, torch_file, torch_weights
 from videomae_jax.interop.export import ExportError, Model, ModelConfig
 from videomae_jax.interop.torch_file import TorchFileError
-from videomae_jax.interop.torch_weights import WeightsError
+from videomae_jax.interop.torch_weights import PublishedConfig, WeightsError
 from videomae_jax.models import functional
+from videomae_jax.models.detector import ActionDetector
 from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
 from videomae_jax.models.mae import VideoMAE
 from videomae_jax.storage import Place
@@ -187,6 +188,8 @@ def export_torch(
     """
     place = storage.at(path)
     _check_target(str(path), layout, dtype)
+    if isinstance(model, ActionDetector):
+        raise WeightsError(f"PyTorch layouts have no detector: --layout=orbax is the one, not {layout}")
     params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     flat = {"/".join(key): np.asarray(value) for key, value in flatten_dict(params).items()}
     tensors = torch_weights.to_theirs(flat, model.config, layout)
@@ -277,7 +280,7 @@ def _check_folder(path: Place) -> None:
         raise ExportError(f"{path} holds weight files and no config.json: name one of {', '.join(files[:5])}")
 
 
-def _open(path: pathlib.Path, hints: Hints) -> tuple[ModelConfig, str, dict[str, np.ndarray]]:
+def _open(path: pathlib.Path, hints: Hints) -> tuple[PublishedConfig, str, dict[str, np.ndarray]]:
     """(config, layout, tensors) of a PyTorch model."""
     # Files do not tell the clip size: it is the published one, and the recomputed position table fits any.
     fields: dict[str, Any] = {

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, UInt8
 
 from videomae_jax.models import layers, roi, tubelets, vit
 from videomae_jax.models.layout import WHOLE, Layout
@@ -59,11 +59,9 @@ class ActionDetector(nnx.Module):
             keys: one per clip make drop path active.
             frozen: no gradient for the embedding and this many blocks; 0 freezes nothing.
         """
-        c, (b, t, h, w, _) = self.config, pixels.shape
-        grid = tubelets.grid_of((t, h, w), c.tubelet)
-        positions = jnp.asarray(c.positions(grid, c.encoder.width))[None]
-        tokens = self.encoder(tubelets.patchify(pixels, c.tubelet), positions, keys, layout, frozen)
-        return self.norm(tokens.astype(jnp.float32)).reshape(b, *grid, -1).mean(axis=1)
+        b, t, h, w, _ = pixels.shape
+        grid = tubelets.grid_of((t, h, w), self.config.tubelet)
+        return self._tokens(pixels, keys, layout, frozen).reshape(b, *grid, -1).mean(axis=1)
 
     def features(
         self, feature_map: Float[Array, "B h w D"], boxes: Float[Array, "B R 4"]
@@ -79,6 +77,31 @@ class ActionDetector(nnx.Module):
         samples = roi.samples_of((feature_map.shape[1], feature_map.shape[2]), c.bins)
         pooled = roi.roi_align(feature_map, edges / c.tubelet[1], c.bins, c.aligned, samples)
         return pooled.max(axis=(2, 3))
+
+    def tokens(self, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B N D"]:
+        """Every token after the norm, float32; for use inside `jax.jit`."""
+        tubelets.check_video(video, self.config.channels)
+        return self._tokens(self.normalized(video))
+
+    def raw_features(self, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B D"]:
+        """Mean of all tokens, float32; for use inside `jax.jit`."""
+        return self.tokens(video).mean(axis=1)
+
+    def normalized(self, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
+        """Raw 0..255 pixels as the model takes them."""
+        return tubelets.normalize_pixels(video, self.config.pixel_mean, self.config.pixel_std)
+
+    def _tokens(
+        self,
+        pixels: Float[Array, "B T H W C"],
+        keys: Key[Array, " B"] | None = None,
+        layout: Layout = WHOLE,
+        frozen: int = 0,
+    ) -> Float[Array, "B N D"]:
+        c, (_, t, h, w, _) = self.config, pixels.shape
+        positions = jnp.asarray(c.positions(tubelets.grid_of((t, h, w), c.tubelet), c.encoder.width))[None]
+        tokens = self.encoder(tubelets.patchify(pixels, c.tubelet), positions, keys, layout, frozen)
+        return self.norm(tokens.astype(jnp.float32))
 
     def logits(
         self, pixels: Float[Array, "B T H W C"], boxes: Float[Array, "B R 4"]

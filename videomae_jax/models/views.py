@@ -61,12 +61,30 @@ def _jitter(clip: Clip, key: Key[Array, ""]) -> Clip:
 
 def shift_hue(clip: Clip, shift: Float[Array, ""]) -> Clip:
     """Turns the hue of HSV by a share of the circle."""
+    hue, chroma, value = _hue(clip)
+    return _colours(hue + shift, chroma, value)
+
+
+def shift_hsv(clip: Clip, shift: Float[Array, "3"]) -> Clip:
+    """Turns the hue by a share of the circle and adds to saturation and value, which stay in 0..1."""
+    hue, chroma, value = _hue(clip)
+    saturation = jnp.clip(chroma / jnp.where(value > 0, value, 1.0) + shift[1], 0, 1)
+    value = jnp.clip(value + shift[2], 0, 1)
+    return _colours(hue + shift[0], saturation * value, value)
+
+
+def _hue(clip: Clip) -> tuple[Float[Array, "T H W"], Float[Array, "T H W"], Float[Array, "T H W"]]:
+    """Hue in circles, chroma and value."""
     red, green, blue = jnp.moveaxis(clip, -1, 0)
     value, low = clip.max(axis=-1), clip.min(axis=-1)
     chroma = value - low
     scale = 1 / jnp.where(chroma > 0, chroma, 1.0)
     of_red, of_green, of_blue = (green - blue) * scale, 2 + (blue - red) * scale, 4 + (red - green) * scale
-    hue = jnp.where(value == red, of_red, jnp.where(value == green, of_green, of_blue)) / 6 + shift
+    hue = jnp.where(value == red, of_red, jnp.where(value == green, of_green, of_blue)) / 6
+    return hue, chroma, value
+
+
+def _colours(hue: Float[Array, "T H W"], chroma: Float[Array, "T H W"], value: Float[Array, "T H W"]) -> Clip:
     # A channel is the value, less the chroma as far as the hue is from the channel's own.
     sector = (6 * hue[..., None] + jnp.array([5.0, 3.0, 1.0])) % 6
     return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(sector, 4 - sector), 0, 1)

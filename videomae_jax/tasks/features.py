@@ -17,8 +17,7 @@ from videomae_jax.config import Config
 from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
 from videomae_jax.evaluation import classification
-from videomae_jax.models.heads import VideoClassifier
-from videomae_jax.models.mae import VideoMAE
+from videomae_jax.interop.export import Model
 from videomae_jax.storage import Place
 from videomae_jax.training import report, testing
 
@@ -35,7 +34,7 @@ class Frozen:
     """
 
     path: str
-    model: VideoMAE | VideoClassifier
+    model: Model
     per_token: bool
 
     @property

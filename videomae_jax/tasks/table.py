@@ -6,8 +6,19 @@ from videomae_jax import config as settings
 from videomae_jax import hosts
 from videomae_jax.config import Config, UserError
 from videomae_jax.data.sources import Source
+from videomae_jax.interop import weights
 from videomae_jax.storage import Place
-from videomae_jax.tasks import backbone, contrast, distill, finetune, latent, pretrain, probe
+from videomae_jax.tasks import (
+    backbone,
+    contrast,
+    detect,
+    distill,
+    evaluate,
+    finetune,
+    latent,
+    pretrain,
+    probe,
+)
 from videomae_jax.training import compute, loop
 from videomae_jax.training.task import Make, Task
 
@@ -17,6 +28,7 @@ METHODS: dict[str, Make] = {
     "contrast": contrast.make,
     "finetune": finetune.make,
     "distill": distill.make,
+    "detect": detect.make,
 }
 """Those that train a model step by step."""
 
@@ -28,6 +40,14 @@ def train(config: Config, workdir: Place, started: float) -> dict[str, Any]:
         with hosts.Lock(workdir / ".lock"):
             return probe.run(config, workdir, started)
     return loop.run(config, workdir, started, make_task)
+
+
+def evaluate_weights(config: Config, workdir: Place, checkpoint: str, hints: weights.Hints) -> dict[str, Any]:
+    """The command `evaluate`: tests trained weights. Raises as `evaluate.run` and `detect.evaluate`."""
+    config = compute.on_this_machine(settings.checked(config))
+    if config.task == "detect":
+        return detect.evaluate(config, workdir, checkpoint)
+    return evaluate.run(config, workdir, checkpoint, hints)
 
 
 def make_task(config: Config, train: Source | None = None, weights: str = "") -> Task:

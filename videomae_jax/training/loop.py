@@ -12,7 +12,7 @@ from videomae_jax.config import Config, UserError
 from videomae_jax.data.sources import Source
 from videomae_jax.interop import export
 from videomae_jax.storage import Place
-from videomae_jax.training import compute, feed, report, splits, step, trainer
+from videomae_jax.training import compute, feed, report, step, trainer
 from videomae_jax.training.feed import TrainingError as TrainingError
 from videomae_jax.training.task import Make, Run, Task
 
@@ -44,7 +44,7 @@ def run(config: Config, workdir: Place, started: float, make: Make) -> dict[str,
         report.check_profile(config.log.profile)
         stack.enter_context(hosts.Lock(workdir / ".lock"))
         phases.end("set-up")
-        videos = hosts.agreed(lambda: splits.open_splits(config, planned.needs_labels))
+        videos = hosts.agreed(lambda: planned.open_videos(config))
         schedule = settings.make_schedule(config, len(videos.train))
         hosts.check_agreement(config, videos.train, workdir, compute=vars(planned.model.compute))
         _claim(workdir, config, videos.train)

@@ -15,7 +15,7 @@ from videomae_jax.data.sources import Source
 from videomae_jax.models.layout import Layout
 from videomae_jax.models.vit import AnyConfig
 from videomae_jax.storage import Place
-from videomae_jax.training import optim
+from videomae_jax.training import optim, splits
 from videomae_jax.training.splits import Splits
 from videomae_jax.training.step import Batch, Terms, TrainState
 
@@ -50,6 +50,14 @@ class Task(abc.ABC, Generic[AnyConfig]):
     needs_labels: ClassVar[bool] = False
     exported: ClassVar[tuple[str, ...]] = ()
     last_phase: ClassVar[str] = "end"
+
+    def open_videos(self, config: Config) -> Splits:
+        """The videos of a run.
+
+        Raises:
+            UserError, SourceError: as `splits.open_splits`.
+        """
+        return splits.open_splits(config, self.needs_labels)
 
     @abc.abstractmethod
     def init(self, key: Key[Array, ""]) -> dict:

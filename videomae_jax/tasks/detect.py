@@ -1,0 +1,310 @@
+"""Action detection: what each boxed person does, as published for AVA (arXiv 2203.12602)."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from videomae_jax import hosts, storage
+from videomae_jax.config import Config, UserError
+from videomae_jax.data import detection_clips, moving_scenes, moving_shapes, processes, scenes
+from videomae_jax.data.scenes import SceneSource
+from videomae_jax.data.sources import Source
+from videomae_jax.interop import export, transfer, weights
+from videomae_jax.models import functional, views, vit
+from videomae_jax.models.detector import ActionDetector, DetectorConfig
+from videomae_jax.models.layout import Layout
+from videomae_jax.storage import Place
+from videomae_jax.tasks import backbone, detections
+from videomae_jax.training import compute, optim, report
+from videomae_jax.training.splits import Splits
+from videomae_jax.training.step import Batch, Terms, TrainState, clip_keys
+from videomae_jax.training.task import Run, Task, Validate
+
+_COLOURS = (10 / 180, 26 / 255, 26 / 255)  # published: hue of 180, saturation and value of 255, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Detect(Task[DetectorConfig]):
+    """A detector of actions in training.
+
+    Attributes:
+        stride: frames of the file from one frame of a clip to the next.
+        short, test_short: short side of frames, in pixels: least and largest, and of tests.
+        boxes: at most, of a training clip.
+        flip: mirror half of the clips.
+        colours: change hue, saturation and value.
+        layers: learning rates by depth, and what stays as it is.
+        numbers: number of each class in files.
+    """
+
+    model: DetectorConfig
+    stride: int
+    short: tuple[int, int]
+    test_short: int
+    boxes: int
+    flip: bool
+    colours: bool
+    layers: optim.Layers
+    numbers: tuple[int, ...]
+    clips_per_video: int = 1
+    exported: ClassVar[tuple[str, ...]] = ("encoder", "norm", "head")
+    last_phase: ClassVar[str] = "test"
+
+    def open_videos(self, config: Config) -> Splits:
+        """Key frames with boxes: a folder of that form (`data.scenes`), or generated ones."""
+        return open_videos(config)
+
+    def init(self, key: Key[Array, ""]) -> dict:
+        """Parameters of a detector from scratch, a nested dict of float32 arrays."""
+        return functional.init(ActionDetector, self.model, key)
+
+    def module(self, params: dict) -> ActionDetector:
+        """The detector that the parameters belong to."""
+        graphdef, _ = functional.abstract(ActionDetector, self.model)
+        return nnx.merge(graphdef, {name: params[name] for name in self.exported})
+
+    @property
+    def best_by(self) -> str:
+        """Frame-mAP of the validation part."""
+        return "mAP"
+
+    def start(self, config: Config, names: list[str]) -> dict[str, np.ndarray]:
+        """The backbone of `init_from`, its norm, and the head of a detector of the same actions."""
+        if not config.init_from:
+            return {}
+        ours = [name.removeprefix("params/") for name in names if name.startswith("params/")]
+        taken = transfer.read(config.init_from, self.model, ours)
+        report.say(f"starting from {config.init_from}: {taken}")
+        found: dict[str, Any] = flatten_dict(taken.params, sep="/")
+        return {f"params/{name}": value for name, value in found.items()}
+
+    @property
+    def rate_factors(self) -> Callable[[Any], Any]:
+        """Layer-wise decay, and 0 for what is frozen."""
+        return functools.partial(optim.layer_scales, layers=self.layers)
+
+    def terms(
+        self,
+        params: dict,
+        others: None,
+        batch: Batch,
+        root: Key[Array, ""],
+        step: Int[Array, ""],
+        layout: Layout,
+    ) -> Terms:
+        """Of each clip the sum over its boxes of the mean over actions, a mean over clips; see `Task.terms`.
+
+        As published, but for a factor that Adam does not see: there it is the sum over a GPU's clips.
+
+        Args:
+            batch: `boxes` float32 [B, R, 4], `box_weight` [B, R] and `actions` [B, R, K], too.
+        """
+        c, model = self.model, self.module(params)
+        pixels = batch["video"].astype(jnp.float32) / 255
+        if self.colours:
+            pixels = jax.vmap(self._recoloured)(pixels, clip_keys(root, "view", batch["index"]))
+        pixels = (pixels - jnp.array(c.pixel_mean)) / jnp.array(c.pixel_std)
+        drop = clip_keys(root, "drop_path", batch["index"])
+        logits = model.head(
+            model.features(model.feature_map(pixels, drop, layout, self.layers.frozen), batch["boxes"])
+        )
+        losses = (jnp.logaddexp(0.0, logits) - batch["actions"] * logits).mean(axis=-1)
+        weight = batch["weight"][:, None] * batch["box_weight"]
+        return Terms(
+            jnp.where(weight > 0, losses * weight, 0.0).sum(),
+            batch["weight"].sum(),
+            {"boxes": weight.sum()},
+        )
+
+    def _recoloured(self, clip: Float[Array, "T H W 3"], key: Key[Array, ""]) -> Float[Array, "T H W 3"]:
+        return views.shift_hsv(clip, jnp.array(_COLOURS) * jax.random.uniform(key, (3,), minval=-1.0))
+
+    def scores(
+        self, params: dict, video: UInt8[Array, "B T H W C"], boxes: Float[Array, "B R 4"]
+    ) -> Float[Array, "B R K"]:
+        """How sure the model is of each action of each box, 0..1."""
+        model = self.module(params)
+        return jax.nn.sigmoid(model.logits(model.normalized(video), boxes))
+
+    def flops_per_clip(self) -> float:
+        """Floating-point operations of a clip's forward and backward pass; see `vit.block_flops`."""
+        c, tokens, frozen = self.model, math.prod(self.model.grid), self.layers.frozen
+        embed = 2.0 * tokens * math.prod(c.tubelet) * c.channels * c.encoder.width
+        block = vit.block_flops(c.encoder, tokens) / c.encoder.depth
+        moving = (embed if not frozen else 0.0) + (c.encoder.depth - frozen) * block
+        return 3 * moving + frozen * block + (embed if frozen else 0.0)
+
+    @property
+    def clip_transform(self) -> detection_clips.DetectClip:
+        """Record -> training clips."""
+        frames, height, width = self.model.clip_size
+        size, classes = (height, width), len(self.model.classes)
+        return detection_clips.DetectClip(
+            frames, self.stride, size, self.short, self.flip, self.boxes, classes
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        """What is stored beside the parameters."""
+        recipe = {"stride": self.stride, "test_short": self.test_short, "numbers": list(self.numbers)}
+        return export.metadata(ActionDetector, self.model, recipe)
+
+    def describe(self) -> str:
+        """The model in half a line."""
+        encoder, tokens = self.model.encoder, math.prod(self.model.grid)
+        return (
+            f"encoder {encoder.width}x{encoder.depth}, {tokens} tubelets, {len(self.model.classes)} actions, "
+            f"at most {self.boxes} boxes, {self.model.compute.dtype}"
+        )
+
+    def tester(self, config: Config, source: Source, mesh: Mesh, part: str) -> detections.Tester:
+        """What tests weights on a part, on a detector's boxes where there are some."""
+        assert isinstance(source, SceneSource)
+        frames, patch = self.model.clip_size[0], self.model.tubelet[1]
+        views_of = detections.Views(frames, self.stride, self.test_short, patch)
+        return detections.Tester(self.scores, source, part, views_of, config, mesh)
+
+    def validator(self, run: Run) -> Validate:
+        """Frame-mAP on the key frames of the validation part."""
+        tester = self.tester(run.config, run.videos.validation, run.mesh, "validation")
+
+        def validate(params: Any, step: int) -> dict[str, float]:
+            found = tester.run(params)
+            found.say_failed()
+            return {f"validation_{name}": value for name, value in found.figures().items()}
+
+        return validate
+
+    def finish(self, run: Run, state: TrainState) -> dict[str, Any]:
+        """The test of the best weights; writes evaluation.json, detections.csv and classes.png.
+
+        Raises:
+            UserError: there are no best weights.
+        """
+        if not (run.workdir / "best").exists():
+            raise UserError(
+                f"no weights of this run can be tested: its validation was never finite, so there is no "
+                f"{run.workdir / 'best'}: lower optim.lr or set optim.clip_norm, in another --workdir"
+            )
+        best: Any = nnx.to_pure_dict(nnx.state(export.load(run.workdir / "best"), nnx.Param))
+        tester = self.tester(run.config, run.videos.test, run.mesh, "test")
+        found = tester.run(jax.device_get(best))
+        return {"test": detections.write(run.workdir, found, run.config, str(run.workdir / "best"))}
+
+
+def evaluate(config: Config, workdir: Place, checkpoint: str) -> dict[str, Any]:
+    """Tests a detector on the test part; writes what `detections.write` does.
+
+    Args:
+        checkpoint: export, checkpoint, work folder; "" for WORKDIR/best, or WORKDIR without one.
+
+    Raises:
+        UserError: no detector, or one of other actions; as `detections.write`.
+    """
+    is_best = not checkpoint and (workdir / "best").is_dir()
+    path = checkpoint or str(workdir / "best" if is_best else workdir)
+    made = weights.read_config(path)
+    if not isinstance(made, DetectorConfig):
+        raise UserError(f"{path} holds no detector: train one with configs/detect.py")
+    videos = hosts.agreed(lambda: open_videos(config))
+    if made.classes != videos.test.classes:
+        raise UserError(
+            f"{path} knows {len(made.classes)} actions, {config.data.path} has {len(videos.test.classes)} or "
+            f"others: use the classes.csv of its training"
+        )
+    hosts.check_agreement(config, videos.test, workdir, checkpoint=path)
+    task = make(config, videos.test, path)
+    # The weights decide what they are; the settings, how large clips are and how they are computed.
+    use = {name: getattr(task.model, name) for name in ("clip_size", "position_grid", "compute")}
+    task = dataclasses.replace(task, model=dataclasses.replace(made, **use))
+    if trouble := storage.trouble(storage.at(workdir)):
+        raise UserError(f"{trouble}: choose another --workdir")
+    params: Any = nnx.to_pure_dict(nnx.state(export.load(path), nnx.Param))
+    tester = task.tester(config, videos.test, compute.make_mesh(config), "test")
+    return detections.write(workdir, tester.run(jax.device_get(params)), config, path)
+
+
+def open_videos(config: Config) -> Splits:
+    """The key frames of a run.
+
+    Raises:
+        UserError: no path, or videos without boxes; SourceError: as `scenes.open_scenes`.
+    """
+    path = config.data.path
+    if path == "moving_shapes":
+        spec = moving_shapes.MovingShapes(**config.data.generate)
+        report.say(f"moving scenes: {spec.videos} training videos, cached in {storage.cache()}")
+        try:
+            made = moving_scenes.generate(spec, storage.cache(), processes.usable_cores())
+        except ValueError as error:
+            raise UserError(f"data.generate: {error}") from None
+        path = str(made)
+    if not path:
+        raise UserError("data.path is empty: name a folder with train.csv, classes.csv and videos/")
+    train = scenes.open_scenes(path, "train")
+    if scenes.has_part(path, "validation"):
+        validation = scenes.open_scenes(path, "validation")
+    else:
+        train, validation = scenes.hold_out(train)
+        report.say(f"{path} has no validation.csv: {len(validation)} key frames of training videos validate")
+    test = scenes.open_scenes(path, "test") if scenes.has_part(path, "test") else validation
+    return Splits(train, validation, test)
+
+
+def make(config: Config, train: Source | None, path: str) -> Detect:
+    """The task that the settings name; see `task.Make`.
+
+    Raises:
+        UserError, ValueError: sizes and settings that do not fit together.
+    """
+    made = weights.read_config(path, backbone.hints(config)) if path else None
+    detect = config.detect
+    kept = {}  # what a backbone was made with stays with it
+    if made:
+        kept = {"position_grid": made.position_grid or made.grid, "norm_epsilon": made.norm_epsilon}
+    model = DetectorConfig.from_dict(
+        backbone.fields(config)
+        | {
+            "classes": train.classes if train else ("unknown",),
+            "bins": detect.bins,
+            "aligned": detect.aligned,
+            "head_scale": config.head.scale,
+        }
+        | kept
+    )
+    if model.position_grid == model.grid:
+        model = dataclasses.replace(model, position_grid=None)
+    low, high = detect.short
+    if not max(config.data.size) <= low <= high:
+        raise UserError(
+            f"detect.short={low},{high} must not be below data.size={tuple(config.data.size)}, which is cut "
+            f"out of such frames, and the second not below the first"
+        )
+    if config.data.clips_per_video != 1 or config.data.stride == 0:
+        raise UserError(
+            "task=detect takes one clip around a key: set data.clips_per_video=1, data.stride=1 or more"
+        )
+    if config.optim.freeze_blocks > model.encoder.depth:
+        raise UserError(
+            f"optim.freeze_blocks={config.optim.freeze_blocks} of {model.encoder.depth} blocks: lower it"
+        )
+    return Detect(
+        model=model,
+        stride=config.data.stride,
+        short=(low, high),
+        test_short=detect.test_short,
+        boxes=detect.boxes,
+        flip=config.augment.flip,
+        colours=detect.colours,
+        layers=optim.Layers(config.optim.layer_decay, config.optim.freeze_blocks),
+        numbers=train.numbers if isinstance(train, SceneSource) else (),
+    )

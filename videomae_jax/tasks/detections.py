@@ -1,0 +1,244 @@
+"""Detections of a part, each key frame once whatever the batches and hosts, and what comes of them."""
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from videomae_jax import hosts, sharding, storage
+from videomae_jax.apps import annotate
+from videomae_jax.config import Config, UserError
+from videomae_jax.data import detection_clips, pipeline, reading, scenes
+from videomae_jax.data.decode import DecodeError
+from videomae_jax.data.scenes import SceneSource
+from videomae_jax.evaluation import detection
+from videomae_jax.evaluation.detection import Boxes
+from videomae_jax.storage import Place
+from videomae_jax.training import feed, report
+
+Scores = Callable[[Any, jax.Array, jax.Array], jax.Array]
+"""(parameters, clips uint8 [B, T, H, W, C], boxes [B, R, 4]) -> how sure of each action, [B, R, K]"""
+
+
+class Views(NamedTuple):
+    """How key frames are looked at; see `detection_clips.KeyView` and `whole_tubelets`."""
+
+    frames: int
+    stride: int
+    short: int
+    patch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a detector says of a part.
+
+    Attributes:
+        source: the key frames with the boxes that were looked at; `truth` with the annotated ones.
+        scores: of each key frame that could be decoded, by its place in `source`: float32 [boxes, K].
+        failed: id -> why it could not be decoded.
+    """
+
+    source: SceneSource
+    truth: SceneSource
+    scores: dict[int, np.ndarray]
+    failed: dict[str, str]
+
+    def say_failed(self) -> None:
+        """Names what could not be decoded."""
+        for name, reason in self.failed.items():
+            report.say(f"bad key frame {name}, left out: {reason}")
+
+    def rows(self) -> list[tuple[str, np.ndarray, int, float]]:
+        """(id, corners, class, score) of all detections, numbers as they are written: 5 decimals."""
+        found = []
+        for place, scores in sorted(self.scores.items()):
+            scene = self.source.scenes[place]
+            sure = np.round(scores * scene.scores[:, None], 5)
+            corners = np.round(scene.corners.astype(np.float64), 5)
+            name = self.source.ids[place]
+            found += [
+                (name, corners[box], action, float(sure[box, action]))
+                for box in range(len(corners))
+                for action in range(sure.shape[1])
+            ]
+        return found
+
+    def precisions(self) -> dict[int, float | None]:
+        """Average precision of each class, by its place."""
+        number = {name: i for i, name in enumerate(sorted({*self.truth.ids, *self.source.ids}))}
+        excluded = self.truth.excluded
+        truth = [
+            (number[name], corners, action, 1.0)
+            for name, scene in zip(self.truth.ids, self.truth.scenes, strict=True)
+            for corners, actions in zip(scene.corners, scene.actions, strict=True)
+            for action in actions
+            if name not in excluded
+        ]
+        rows = [(number[name], *rest) for name, *rest in self.rows() if name not in excluded]
+        classes = np.arange(len(self.truth.classes))
+        return detection.average_precisions(_boxes(truth), _boxes(rows), classes)
+
+    def figures(self) -> dict[str, float]:
+        """Frame-mAP at IoU 0.5; NaN if a score is not finite, so that such weights are never the best."""
+        if not all(np.isfinite(scores).all() for scores in self.scores.values()):
+            return {"mAP": float("nan")}
+        return {"mAP": detection.mean(self.precisions())}
+
+
+def _boxes(rows: list[tuple[Any, ...]]) -> Boxes:
+    frames, corners, actions, scores = zip(*rows, strict=True) if rows else ((), (), (), ())
+    return Boxes(
+        np.array(frames, np.int64),
+        np.array(corners, np.float64).reshape(-1, 4),
+        np.array(actions, np.int64),
+        np.array(scores, np.float64),
+    )
+
+
+class Tester:
+    """Runs a detector on every key frame of a part, frames of one size after the other.
+
+    Args:
+        part: "validation" or "test": detected_PART.csv has a detector's boxes, without it the annotated ones
+            are taken.
+    """
+
+    def __init__(
+        self, scores: Scores, truth: SceneSource, part: str, views: Views, config: Config, mesh: Mesh
+    ):
+        self.truth, self.views, self.config, self.mesh = truth, views, config, mesh
+        file = storage.at(truth.root) / f"detected_{part}.csv"
+        self.source = truth
+        if file.is_file():
+            self.source = scenes.detected(truth, str(file), config.detect.threshold)
+        self.slots = max((len(scene.corners) for scene in self.source.scenes), default=1)
+        parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.batch = -(-config.evaluate.batch_videos // parts) * parts
+        self._sizes = self._by_size()
+        outputs = sharding.replicated(mesh)
+
+        def of_rows(params: Any, rows: dict[str, jax.Array]) -> jax.Array:
+            return scores(params, rows["video"], rows["boxes"])
+
+        mapped = sharding.by_rows(of_rows, mesh)
+        self._run = jax.jit(
+            lambda params, rows: (mapped(params, rows), rows["index"], rows["weight"]),
+            out_shardings=(outputs, outputs, outputs),
+        )
+
+    def _by_size(self) -> dict[tuple[int, int], list[int]]:
+        """Places of the source by the size that their frames become; a video is looked into once."""
+        size_of: dict[str, tuple[int, int]] = {}
+        for name, path in self.source.files:
+            try:
+                with reading.open_video(path, name) as video:
+                    height, width = video.read([0])[0].shape[:2]
+            except DecodeError:
+                height = width = self.views.short  # it will be named when it is read
+            size_of[name] = detection_clips.whole_tubelets(height, width, self.views.short, self.views.patch)
+        sizes = collections.defaultdict(list)
+        for place, name in enumerate(self.source.ids):
+            sizes[size_of[name.rpartition(",")[0]]].append(place)
+        return dict(sorted(sizes.items()))
+
+    def run(self, params: Any) -> Found:
+        """The scores of all key frames; those that cannot be decoded are left out and named."""
+        params = sharding.replicate(params, self.mesh)
+        scores: dict[int, np.ndarray] = {}
+        failed: dict[str, str] = {}
+        for size, places in self._sizes.items():
+            self._run_size(params, size, places, scores, failed)
+        everyone = hosts.gather(list(failed.items()))
+        return Found(self.source, self.truth, scores, dict(item for theirs in everyone for item in theirs))
+
+    def _run_size(
+        self,
+        params: Any,
+        size: tuple[int, int],
+        places: list[int],
+        scores: dict[int, np.ndarray],
+        failed: dict[str, str],
+    ) -> None:
+        source = self.source.select(places)
+        view = detection_clips.KeyView(
+            self.views.frames, self.views.stride, size, self.slots, len(self.truth.classes)
+        )
+        host, processes = jax.process_index(), jax.process_count()
+        dataset = pipeline.once(source, view, self.batch, host=host, hosts=processes)
+        host_bytes = self.batch // processes * view.frames * size[0] * size[1] * 3
+        loader = feed.loader_size(self.config, host_bytes)
+        ahead = feed.prefetch(
+            dataset,
+            source,
+            self.batch // processes,
+            self.mesh,
+            workers=loader.workers,
+            threads=loader.threads,
+        )
+        try:
+            for batch, host_fields in ahead:
+                values, index, weight = jax.device_get(self._run(params, batch))
+                failed.update({source.ids[record]: reason for record, reason in feed.failed(host_fields)})
+                for row in np.flatnonzero(weight > 0):
+                    place = places[index[row]]
+                    scores[place] = values[row][: len(self.source.scenes[place].corners)]
+        finally:
+            ahead.close()
+
+
+def write(workdir: Place, found: Found, config: Config, path: str) -> dict[str, Any]:
+    """Writes evaluation.json, detections.csv (AVA's form) and classes.png; returns the first.
+
+    Raises:
+        UserError: key frames that cannot be decoded, unless allowed; scores that are not finite.
+    """
+    if found.failed and not config.evaluate.allow_failed:
+        name, reason = next(iter(found.failed.items()))
+        raise UserError(
+            f"{len(found.failed)} of {len(found.source)} key frames cannot be decoded, the first is {name} "
+            f"({reason}): mend or remove them, or report the others with "
+            f"--config.evaluate.allow_failed=true"
+        )
+    lost = [place for place, scores in found.scores.items() if not np.isfinite(scores).all()]
+    if lost:
+        raise UserError(
+            f"{path}: the scores of {len(lost)} key frames are not finite, the first is "
+            f"{found.source.ids[lost[0]]}: these weights cannot be tested"
+        )
+    precisions = found.precisions()
+    names = found.truth.classes
+    result = {
+        "mAP": detection.mean(precisions),
+        "classes": {names[place]: value for place, value in precisions.items()},
+        "key_frames": len(found.scores),
+        "key_frames_failed": len(found.failed),
+        "failed": dict(sorted(found.failed.items())),
+        "boxes": "annotated" if found.source is found.truth else "detected",
+        "checkpoint": path,
+    }
+    report.say(
+        f"test of {path}: mAP {result['mAP']:.2%}, {result['boxes']} boxes of {len(found.scores)} key frames"
+    )
+    if hosts.is_writer():
+        workdir.mkdir(parents=True, exist_ok=True)
+        report.write_json(workdir / "evaluation.json", result)
+        storage.write_text(workdir / "detections.csv", csv_of(found))
+        with storage.output(workdir / "classes.png") as picture:
+            annotate.draw_precisions(result["classes"]).save(picture)
+    return result
+
+
+def csv_of(found: Found) -> str:
+    """All detections as AVA has them: video,time,left,top,right,bottom,action,score."""
+    lines = []
+    for name, corners, action, score in found.rows():
+        video, _, milliseconds = name.rpartition(",")
+        time = f"{int(milliseconds) / 1000:.10g}"
+        numbers = ",".join(f"{x:.5f}" for x in corners)
+        lines.append(f"{video},{time},{numbers},{found.truth.numbers[action]},{score:.5f}\n")
+    return "".join(lines)
