@@ -38,12 +38,17 @@ setup(
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "plan": ["jax[tpu]"],  # the TPU compiler needs no TPU; for GPUs `cuda` too
+        "detect": ["opencv-python-headless>=4.10,<5"],  # 5 has no people detector
+        "onnx": ["onnxruntime>=1.20", "opencv-python-headless>=4.10,<5"],
         "beam": ["apache-beam>=2.70"],  # pins older libraries: an environment of its own
         "viz": ["tensorboard"],
         "torch": ["decord>=0.6", "torch", "transformers>=4.40"],
         "dev": [
             "beartype>=0.19",
             "hypothesis>=6.100",
+            "onnx>=1.17",
+            "onnxruntime>=1.20",
+            "opencv-python-headless>=4.10,<5",
             "pyright[nodejs]>=1.1.390",
             "pytest>=8",
             "pytest-xdist>=3.6",

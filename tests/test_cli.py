@@ -29,7 +29,7 @@ def use(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["trian"], "unknown command 'trian': use train, evaluate, embed, predict, convert, doctor"),
+        (["trian"], "unknown command 'trian': use train, evaluate, embed, predict, convert, detect, doctor"),
         (["train", DEBUG], "train needs --workdir=...; see train --help"),
         (["train", "--workdir=W"], "train needs --config=..."),
         (["train", "--workdir=W", "--config=nowhere.py"], "no file nowhere.py"),
@@ -80,7 +80,7 @@ def use(monkeypatch, capsys):
         (["predict", "--checkpoint=C"], "predict takes VIDEOS..., not none"),
         (["predict", "SHAPES", "SHAPES", "--checkpoint=C"], "name a video twice"),
         (["evaluate", DEBUG], "evaluate needs --workdir=..."),
-        (["evaluate", "--workdir=W", DEBUG], "evaluate tests classifiers, not task=pretrain"),
+        (["evaluate", "--workdir=W", DEBUG], "evaluate tests classifiers and detectors, not task=pretrain"),
         (["evaluate", "--workdir=W", f"{DEBUG}:task=finetune"], "W holds no model"),
         (["train", "--workdir=W", f"{DEBUG}:task=dance"], "task='dance' is unknown: use pretrain"),
         (["train", "--workdir=W", f"{DEBUG}:task=finetune", "--config.init_from=X"], "X holds no model"),

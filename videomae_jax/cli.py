@@ -14,12 +14,13 @@ from videomae_jax.commands import COMMANDS
 _USAGE = """usage: python -m videomae_jax COMMAND [--flag=value ...]
 
   train        --config=configs/small.py --workdir=DIR     train any task; resumes by itself
-  evaluate     --config=... --workdir=DIR                  multi-view test of a finetuned classifier
+  evaluate     --config=... --workdir=DIR                  test of a finetuned classifier, of a detector
   reconstruct  VIDEO --checkpoint=PATH --out=FILE          picture of a masked clip (.gif, .mp4, .png)
   embed        VIDEOS... --checkpoint=PATH --out=FILE      features of windows (.npz, .parquet)
   predict      VIDEOS... --checkpoint=PATH [--out=FILE]    classes by name (.json, .csv, .parquet)
+  detect       VIDEO --checkpoint=PATH --out=FILE.mp4      what people do, box by box, drawn into the video
   convert      SRC DST --layout=orbax|hf|official          weights from and to other layouts
-  score-detections TRUTH DETECTIONS --classes=FILE --out=FILE.json    AVA's frame-mAP
+  score-detections TRUTH FOUND --classes=FILE --out=FILE   AVA's frame-mAP of files
   prepare      SRC DST                                     videos to shards that are fast to read; --check
   doctor       --data=PATH --workdir=DIR                   what this machine has, and whether it works
   plan         --config=... --topology=v5e:4x4             compiles for devices that are not there; bounds

@@ -314,12 +314,35 @@ def _score_detections_flags(values: flags.FlagValues) -> None:
     text("out", None, "JSON file to write.", flag_values=values)
 
 
+def _detect(values: Any, arguments: list[str], _started: float) -> None:
+    _compile_cache()
+    _find_devices()
+    from videomae_jax.apps import detect
+
+    names = ("boxes", "every", "top", "least", "threshold")
+    options = detect.Options(**{name: getattr(values, name) for name in names})
+    detect.run(arguments[0], values.checkpoint, values.out, options)
+
+
+def _detect_flags(values: flags.FlagValues) -> None:
+    text, number = flags.DEFINE_string, flags.DEFINE_float
+    text("checkpoint", None, "Work folder, checkpoint or export of a detector.", flag_values=values)
+    boxes = "whole, people (OpenCV), onnx:FILE (as YOLO), or a CSV of video,time,left,top,right,bottom."
+    text("boxes", "people", boxes, flag_values=values)
+    text("out", None, "Video to write, .mp4; the same as .json beside it.", flag_values=values)
+    number("every", 1.0, "Seconds from one key frame to the next.", flag_values=values)
+    flags.DEFINE_integer("top", 3, "Actions to name, of each box.", flag_values=values)
+    number("least", 0.2, "Score that an action must have to be drawn.", flag_values=values)
+    number("threshold", 0.4, "Least score of a box of onnx:FILE.", flag_values=values)
+
+
 COMMANDS: dict[str, tuple[Callable, Sequence[str], Sequence[str], Callable]] = {
     "train": (_train_flags, (), ("config", "workdir"), _train),
     "evaluate": (_evaluate_flags, (), ("config", "workdir"), _evaluate),
     "embed": (_embed_flags, ("VIDEOS...",), ("checkpoint", "out"), _embed),
     "predict": (_predict_flags, ("VIDEOS...",), ("checkpoint",), _predict),
     "convert": (_convert_flags, ("SRC", "DST"), (), _convert),
+    "detect": (_detect_flags, ("VIDEO",), ("checkpoint", "out"), _detect),
     "doctor": (_doctor_flags, (), (), _doctor),
     "plan": (_plan_flags, (), ("config", "topology"), _plan),
     "prepare": (_prepare_flags, ("SRC", "DST"), (), _prepare),

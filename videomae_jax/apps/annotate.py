@@ -9,7 +9,10 @@ _COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#46f0f0", "#
 
 
 def draw_boxes(
-    frame: np.ndarray, boxes: Sequence[Sequence[float]], texts: Sequence[str], colours: Sequence[int]
+    frame: np.ndarray,
+    boxes: Sequence[Sequence[float] | np.ndarray],
+    texts: Sequence[str],
+    colours: Sequence[int],
 ) -> np.ndarray:
     """A frame, uint8 [H, W, 3], with boxes and a text in each.
 

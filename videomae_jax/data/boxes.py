@@ -39,13 +39,16 @@ class Row(NamedTuple):
         return self.video, round(self.time * 1000)
 
 
-def read_rows(path: str) -> list[Row]:
+def read_rows(path: str, needs_action: bool = True) -> list[Row]:
     """The rows of a file of boxes.
+
+    Args:
+        needs_action: else a row may end after the corners; its action is -1 then.
 
     Raises:
         SourceError: it cannot be read, or a line is no such row; named by file and line.
     """
-    return list(_rows(path))
+    return list(_rows(path, needs_action))
 
 
 def _lines(path: str) -> Iterator[tuple[int, list[str]]]:
@@ -58,8 +61,10 @@ def _lines(path: str) -> Iterator[tuple[int, list[str]]]:
             yield number, [field.strip() for field in fields]
 
 
-def _rows(path: str) -> Iterator[Row]:
+def _rows(path: str, needs_action: bool) -> Iterator[Row]:
     for line, fields in _lines(path):
+        if len(fields) == 6 and not needs_action:
+            fields = [*fields, "-1"]
         if len(fields) not in (2, 7, 8):
             raise SourceError(
                 f"{path} line {line} has {len(fields)} fields: expected video,time,left,top,right,bottom,"
@@ -75,7 +80,7 @@ def _rows(path: str) -> Iterator[Row]:
             yield Row(fields[0], time, None, -1, 1.0, line)
             continue
         left, top, right, bottom, action, *extra = numbers
-        if action != int(action) or action < 0:
+        if action != int(action) or (action < 0 and needs_action):
             raise SourceError(f"{path} line {line}: the action {fields[6]} is no number of a class")
         yield Row(fields[0], time, (left, top, right, bottom), int(action), (extra or [1.0])[0], line)
 

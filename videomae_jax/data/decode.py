@@ -15,7 +15,6 @@ import hashlib
 import io
 import itertools
 import os
-import pathlib
 import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -394,20 +393,27 @@ def read_clip(source: str | os.PathLike | bytes, indices: Sequence[int]) -> np.n
         return video.read(indices)
 
 
-def write_video(path: str | pathlib.Path, frames: np.ndarray, fps: int, crf: int = 18) -> None:
-    """Writes uint8 RGB frames [T, H, W, 3] of even size as an H.264 file, one thread: same bytes each time.
+def write_video(
+    path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int | fractions.Fraction, crf: int = 18
+) -> None:
+    """Writes uint8 RGB frames [H, W, 3] of even size as an H.264 file, one thread: same bytes each time.
 
     Raises:
-        ValueError: an odd width or height, which 4:2:0 colour cannot store.
+        ValueError: an odd width or height, which 4:2:0 colour cannot store; no frame.
     """
-    _, height, width, _ = frames.shape
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+        raise ValueError("a video needs a frame")
+    height, width, _ = first.shape
     if height % 2 or width % 2:
         raise ValueError(f"H.264 needs an even frame size, not {width}x{height}")
     options = {"crf": str(crf), "preset": "veryfast", **SAME_ON_EVERY_CPU}
-    with av.open(str(path), "w") as container:
+    # Players begin before they have all of it.
+    with av.open(str(path), "w", container_options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1
-        for frame in frames:
+        for frame in itertools.chain([first], frames):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
