@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from videomae_jax.apps import prepare as command
-from videomae_jax.data import decode, sources
+from videomae_jax.data import decode, detection_clips, scenes, sources
 from videomae_jax.data.builders import BUILDERS
 
 
@@ -139,7 +139,7 @@ def prepare(name: str, root: pathlib.Path, **options) -> pathlib.Path:
 
 
 def test_every_builder_is_tested():
-    assert set(MAKE) == set(BUILDERS) - {"video_folder"}
+    assert set(MAKE) == set(BUILDERS) - {"boxes"}  # which test_data_scenes has
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -173,6 +173,10 @@ def test_ava_keeps_boxes_and_cuts_clips(tmp_path):
     np.testing.assert_allclose(first["boxes"], [[0.1, 0.2, 0.5, 0.9], [0.6, 0.1, 0.8, 0.7]], rtol=1e-6)
     assert [np.flatnonzero(row).tolist() for row in first["actions"]] == [[11, 79], [0]]
     assert first["persons"].tolist() == [0, 7]
+    train = scenes.open_scenes(str(tmp_path / "out"), "train")
+    assert train.ids == ("m1,4000",)  # the other key frame has nobody in it
+    assert train.scenes[0].actions == ((11, 79), (0,))
+    assert detection_clips.KeyView(4, 2, (32, 48), 2, 80).map((0, train[0]))["weight"] == 1
     assert (first["timestamp"], first["frames"]) == (4.0, 30)
     # Seconds 2.5 to 5.5: frames 25 to 54, each number shown four times.
     with decode.Video(first["video"]) as stored:

@@ -1,11 +1,18 @@
 """Boxes of key frames: their arithmetic as published, files of one's own, generated ones, and clips."""
 
+import json
+import os
+import pickle
+
+import clips
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from videomae_jax.apps import prepare
 from videomae_jax.data import (
+    boxes,
     decode,
     detection_clips,
     moving_scenes,
@@ -230,3 +237,78 @@ def test_test_views(folder):
     empty = detection_clips.KeyView(8, 2, (48, 48), 4, 10).map((3, None))
     assert empty["weight"] == 0
     assert empty["boxes"].shape == (1, 4, 4)
+
+
+def test_prepared_key_frames_are_those_of_the_files(tmp_path):
+    """`prepare --dataset=boxes`: the same boxes and the same frames around the key."""
+    rows = "a,1.5,0.1,0.1,0.5,0.5,1,7\na,1.5,0.1,0.1,0.5,0.5,2,7\na,3,0.25,0,1,1,2,8\na,0.5,0,0,1,1,1,9\n"
+    numbered = clips.numbered_frames(40, 32, 48)
+    (tmp_path / "own").mkdir()
+    path = own(tmp_path / "own", rows)
+    decode.write_video(tmp_path / "own" / "videos" / "a.mp4", numbered, 10)
+    (tmp_path / "own" / "validation.csv").write_text("a,2,0,0,1,1,1\n")
+    out = str(tmp_path / "out")
+    prepare.run(path, out, prepare.Options(dataset="boxes", processes=1, short_side=32))
+    for part in ("train", "validation"):
+        plain, stored = scenes.open_scenes(path, part), scenes.open_scenes(out, part)
+        assert plain.ids == stored.ids
+        assert plain.classes == stored.classes
+        assert [scene.actions for scene in plain.scenes] == [scene.actions for scene in stored.scenes]
+        for ours, theirs in zip(plain.scenes, stored.scenes, strict=True):
+            np.testing.assert_array_equal(ours.corners, theirs.corners)
+        assert set(stored.frame_sizes()) == set(plain.frame_sizes()) == {(32, 48)}
+        view = detection_clips.KeyView(4, 2, (32, 48), 3, 2)
+        for place in range(len(plain)):
+            first, second = (view.map((0, source[place])) for source in (plain, stored))
+            assert first["weight"] == second["weight"] == 1
+            differences = np.abs(first["video"].astype(int) - second["video"].astype(int))
+            assert differences.mean() < 2
+            np.testing.assert_array_equal(first["boxes"], second["boxes"])
+    assert scenes.has_boxes(out)
+
+
+def detections(tmp_path, form):
+    """One box, in each of the published forms."""
+    file = tmp_path / f"found{form}"
+    if form == ".csv":
+        file.write_text("m,0902,0.25,0.5,0.75,1.0,,0.9\n")
+    elif form == ".json":
+        file.write_text(
+            json.dumps([{"image_id": 7, "category_id": 1, "bbox": [50, 50, 100, 50], "score": 0.9}])
+        )
+        images = [{"id": 7, "movie": "m", "timestamp": "0902", "width": 200, "height": 100}]
+        (tmp_path / "ava_val_v2.2_min.json").write_text(json.dumps({"images": images, "annotations": []}))
+    else:
+        table = np.array([[0.25, 0.5, 0.75, 1.0, 0.9]])
+        file.write_bytes(pickle.dumps({"m,0902": table}, protocol=2))
+    return str(file)
+
+
+@pytest.mark.parametrize("form", boxes.DETECTIONS)
+def test_published_forms_of_detections(tmp_path, form):
+    (row,) = boxes.read_detections(detections(tmp_path, form))
+    assert row.frame == ("m", 902000)
+    assert row.corners == (0.25, 0.5, 0.75, 1.0)
+    assert row.extra == 0.9
+
+
+class Calls:
+    """A pickle that runs a command when it is read carelessly."""
+
+    def __reduce__(self):
+        return os.system, ("touch /tmp/videomae_jax_was_here",)
+
+
+def test_detections_that_are_refused(tmp_path):
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"m,1": Calls()}))
+    with pytest.raises(SourceError, match=r"asks for (posix|nt).system: detections are dicts of arrays"):
+        boxes.read_detections(str(tmp_path / "x.pkl"))
+    assert not os.path.exists("/tmp/videomae_jax_was_here")
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(SourceError, match="no images beside"):
+        boxes.read_detections(str(tmp_path / "x.json"))
+    (tmp_path / "x.json").write_text("[")
+    with pytest.raises(SourceError, match="is not understood"):
+        boxes.read_detections(str(tmp_path / "x.json"))
+    with pytest.raises(SourceError, match=r"are .csv, .json, .pkl files"):
+        boxes.read_detections(str(tmp_path / "x.txt"))

@@ -5,11 +5,14 @@ seconds; `video,time` alone is a frame without any box.
 """
 
 import csv
+import json
 import math
+import pickle
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from videomae_jax.data.sources import SourceError
@@ -63,8 +66,9 @@ def _lines(path: str) -> Iterator[tuple[int, list[str]]]:
 
 def _rows(path: str, needs_action: bool) -> Iterator[Row]:
     for line, fields in _lines(path):
-        if len(fields) == 6 and not needs_action:
-            fields = [*fields, "-1"]
+        if not needs_action:  # nor has it to be there
+            fields = [*fields[:6], fields[6] or "-1", *fields[7:]] if len(fields) > 6 else fields
+            fields = [*fields, "-1"] if len(fields) == 6 else fields
         if len(fields) not in (2, 7, 8):
             raise SourceError(
                 f"{path} line {line} has {len(fields)} fields: expected video,time,left,top,right,bottom,"
@@ -83,6 +87,85 @@ def _rows(path: str, needs_action: bool) -> Iterator[Row]:
         if action != int(action) or (action < 0 and needs_action):
             raise SourceError(f"{path} line {line}: the action {fields[6]} is no number of a class")
         yield Row(fields[0], time, (left, top, right, bottom), int(action), (extra or [1.0])[0], line)
+
+
+DETECTIONS = (".csv", ".json", ".pkl")
+"""Suffixes of files that `read_detections` knows."""
+
+
+def read_detections(path: str) -> list[Row]:
+    """Boxes that a detector found in AVA's movies, in one of the four published forms, or of one's own.
+
+    * .csv: `video,time,left,top,right,bottom,[action],score` (LFB, SlowFast, one's own)
+    * .json: AlphAction's and VideoMAE's list of {image_id, bbox, score}, boxes in pixels; `images` with their
+      sizes stand in the same file or in another .json of its folder (`ava_val_v2.2_min.json`)
+    * .pkl: MMAction2's {"video,second": [[left, top, right, bottom, score], ...]}
+
+    Raises:
+        SourceError: it cannot be read, or is none of these.
+    """
+    suffix = epath.Path(path).suffix
+    if suffix not in DETECTIONS:
+        raise SourceError(f"{path}: boxes of a detector are {', '.join(DETECTIONS)} files")
+    if suffix == ".csv":
+        return read_rows(path, needs_action=False)
+    try:
+        return list(_of_alphaction(epath.Path(path)) if suffix == ".json" else _of_mmaction(path))
+    except SourceError:
+        raise
+    except Exception as error:  # damaged files show as many types
+        raise SourceError(f"{path} is not understood ({type(error).__name__}: {error})") from None
+
+
+def _of_alphaction(file: epath.Path) -> Iterator[Row]:
+    found = json.loads(file.read_text())
+    others = [found] if isinstance(found, dict) else []
+    others += [json.loads(other.read_text()) for other in sorted(file.parent.glob("*min.json"))]
+    images = {
+        image["id"]: image for other in others if isinstance(other, dict) for image in other.get("images", ())
+    }
+    if not images:
+        raise SourceError(
+            f"{file} has boxes in pixels and no images beside: put the file with their sizes "
+            f"(ava_val_v2.2_min.json) into its folder"
+        )
+    for place, box in enumerate(found["annotations"] if isinstance(found, dict) else found, 1):
+        image = images[box["image_id"]]
+        left, top, wide, high = box["bbox"]
+        size = image["width"], image["height"]
+        corners = (left / size[0], top / size[1], (left + wide) / size[0], (top + high) / size[1])
+        yield _inside(image["movie"], float(image["timestamp"]), corners, float(box["score"]), place)
+
+
+def _of_mmaction(path: str) -> Iterator[Row]:
+    with epath.Path(path).open("rb") as file:
+        found = _Arrays(file).load()
+    for place, (frame, table) in enumerate(found.items(), 1):
+        video, _, second = frame.rpartition(",")
+        for *corners, score in np.asarray(table, float).reshape(-1, 5):
+            yield _inside(video, float(second), corners, float(score), place)
+
+
+def _inside(video: str, time: float, corners: Sequence[float], score: float, place: int) -> Row:
+    left, top, right, bottom = (min(max(float(x), 0.0), 1.0) for x in corners)
+    return Row(video, time, (left, top, right, bottom), -1, score, place)
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads dicts of NumPy arrays and nothing else: nothing that a file names is called but these."""
+
+    _KNOWN: ClassVar = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What an array is made of.
+
+        Raises:
+            SourceError: anything else.
+        """
+        is_array = name in ("_reconstruct", "scalar") and module.endswith(".multiarray")
+        if (module, name) not in self._KNOWN and not (is_array and module.startswith("numpy")):
+            raise SourceError(f"it asks for {module}.{name}: detections are dicts of arrays alone")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
 def read_frames(path: str) -> set[tuple[str, int]]:

@@ -23,7 +23,7 @@ from typing import Any
 import tqdm
 
 from videomae_jax import storage
-from videomae_jax.data import decode, prepared, processes, reading, records, transcode
+from videomae_jax.data import decode, prepared, processes, reading, records, scenes, transcode
 from videomae_jax.data.collection import Collection, Entry
 from videomae_jax.storage import PARTIAL, Place
 
@@ -272,6 +272,8 @@ def finish(job: Job, max_failed: float = 1.0) -> dict[str, Any]:
         table = csv.DictWriter(file, prepared.COLUMNS)
         table.writeheader()
         table.writerows(rows)
+    for name, text in scenes.lists(job.collection).items():
+        _write(folder / name, text)
     absent = [{"split": split, "id": video} for split, ids in job.collection.absent.items() for video in ids]
     manifest = {
         **job.settings(),

@@ -3,10 +3,12 @@
     FOLDER/classes.csv (or .pbtxt)        number,name of each action
     FOLDER/train.csv, validation.csv, test.csv    video,time,left,top,right,bottom,action[,person]
     FOLDER/videos/NAME.mp4 (any suffix)   the videos that the rows name
-    FOLDER/detected_validation.csv, detected_test.csv    boxes that a detector found, with scores (optional)
+    FOLDER/detected_validation.csv, detected_test.csv    boxes that a detector found (optional); .json and
+                                          .pkl too, see `boxes.read_detections`
     FOLDER/excluded_validation.csv, excluded_test.csv    video,time that do not count (optional)
 
-This is AVA's form; times are seconds into the file.
+This is AVA's form; times are seconds into the file. What `prepare --dataset=ava` and `--dataset=boxes` write
+has the same lists, and in place of videos/ a record of `CLIP_SECONDS` around each key frame.
 """
 
 import collections
@@ -18,11 +20,15 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from videomae_jax.data import boxes, sources
+from videomae_jax.data import boxes, prepared, reading, sources
 from videomae_jax.data.boxes import Row
+from videomae_jax.data.collection import Collection
+from videomae_jax.data.decode import DecodeError
 from videomae_jax.data.sources import Record, Source, SourceError
 
 PARTS = ("train", "validation", "test")
+CLIP_SECONDS = 3.0
+"""Length of a prepared clip, its key frame in the middle: 64 frames of 24 to 30 per second, and some."""
 
 
 class Scene(NamedTuple):
@@ -53,15 +59,18 @@ class SceneSource(Source):
 
     Attributes:
         scenes: what is known of each.
-        files: path of each video, by name.
+        files: path of each video, by name; of prepared data there are none, but `stored`.
         numbers: number of each class in the files, in order.
         excluded: ids that do not count.
+        stored: records of prepared data; `places` are those of the key frames among them.
     """
 
     scenes: tuple[Scene, ...] = ()
     files: tuple[tuple[str, str], ...] = ()
     numbers: tuple[int, ...] = ()
     excluded: frozenset[str] = frozenset()
+    stored: prepared.PreparedSource | None = None
+    places: tuple[int, ...] = ()
 
     @functools.cached_property
     def _paths(self) -> dict[str, str]:
@@ -69,21 +78,37 @@ class SceneSource(Source):
 
     def __getitem__(self, index: int) -> SceneRecord:
         index = int(index)
-        name = self.ids[index]
-        video = name.rpartition(",")[0]
-        return {
-            "video": self._paths[video],
-            "name": name,
-            "label": -1,
-            "record": index,
-            "error": "",
-            "scene": self.scenes[index],
-        }
+        name, scene = self.ids[index], self.scenes[index]
+        if self.stored is not None:
+            record = self.stored[self.places[index]]
+            scene = scene._replace(time=min(scene.time, CLIP_SECONDS / 2))
+            return {**record, "name": name, "label": -1, "record": index, "scene": scene}
+        video = self._paths[name.rpartition(",")[0]]
+        return {"video": video, "name": name, "label": -1, "record": index, "error": "", "scene": scene}
 
     def select(self, indices) -> "SceneSource":
         """The key frames at `indices`, in that order."""
         chosen = super().select(indices)
-        return dataclasses.replace(chosen, scenes=tuple(self.scenes[i] for i in indices))
+        places = tuple(self.places[i] for i in indices) if self.places else ()
+        return dataclasses.replace(chosen, scenes=tuple(self.scenes[i] for i in indices), places=places)
+
+    def frame_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of the frames of each key frame; (0, 0) where they cannot be read.
+
+        Of files each is looked into once.
+        """
+        if self.stored is not None:
+            rows = prepared.read_rows(self.root)
+            by_id = {row["id"]: (int(row["height"]), int(row["width"])) for row in rows}
+            return [by_id[self.stored.ids[place]] for place in self.places]
+        sizes: dict[str, tuple[int, int]] = {}
+        for name, path in self.files:
+            try:
+                with reading.open_video(path, name) as video:
+                    sizes[name] = video.read([0])[0].shape[:2]
+            except DecodeError:
+                sizes[name] = (0, 0)
+        return [sizes[name.rpartition(",")[0]] for name in self.ids]
 
     def fingerprint(self) -> str:
         """As `Source.fingerprint`, of boxes and actions too."""
@@ -96,6 +121,11 @@ class SceneSource(Source):
 def id_of(frame: tuple[str, int]) -> str:
     """The id of a frame (video, milliseconds)."""
     return f"{frame[0]},{frame[1]}"
+
+
+def record_id(frame: tuple[str, int]) -> str:
+    """The id of a prepared record of a frame."""
+    return f"{frame[0]}/{frame[1] / 1000:g}"
 
 
 def has_boxes(path: str) -> bool:
@@ -133,13 +163,16 @@ def open_scenes(path: str, part: str) -> SceneSource:
             raise SourceError(f"{file} line {row.line}: action {row.action} is not in {listed.name}")
     if not rows:
         raise SourceError(f"{file} has no box in it")
-    videos = _find_videos(folder, file, rows)
+    stored = prepared.open_prepared(path, part) if prepared.is_prepared(path) else None
+    videos = {} if stored else _find_videos(folder, file, rows)
     # A box of several actions stands there once for each.
     frames: dict[tuple[str, int], dict[tuple, set[int]]] = {}
     for row in rows:
         who = (row.corners, row.extra)
         frames.setdefault(row.frame, {}).setdefault(who, set()).add(place[row.action])
-    kept = sorted(frames)
+    place_of = {name: i for i, name in enumerate(stored.ids)} if stored else {}
+    # Of prepared data some may be missing: what could not be decoded then.
+    kept = [frame for frame in sorted(frames) if not stored or record_id(frame) in place_of]
     scenes = tuple(
         Scene(
             frame[1] / 1000,
@@ -159,6 +192,8 @@ def open_scenes(path: str, part: str) -> SceneSource:
         files=tuple(sorted(videos.items())),
         numbers=numbers,
         excluded=frozenset(map(id_of, boxes.read_frames(str(excluded)) if excluded.is_file() else ())),
+        stored=stored,
+        places=tuple(place_of[record_id(frame)] for frame in kept) if stored else (),
     )
 
 
@@ -177,6 +212,33 @@ def check_box(file: str, row: Row) -> None:
         )
 
 
+def lists(collection: Collection) -> dict[str, str]:
+    """The lists of a collection of key frames, by file name, for its prepared folder; of others none."""
+    if "boxes" not in collection.extra:
+        return {}
+    numbers = "".join(f"{i},{name}\n" for i, name in enumerate(collection.classes, 1))
+    found = {"classes.csv": numbers}
+    for part, entries in collection.splits.items():
+        lines = []
+        for entry in entries:
+            video, _, second = entry.id.rpartition("/")
+            each = zip(*(entry.extra[name] for name in ("boxes", "actions", "persons")), strict=True)
+            rows = [
+                f"{video},{second},{','.join(map(repr, corners))},{action + 1},{person}\n"
+                for corners, marks, person in each
+                for action in np.flatnonzero(marks)
+            ]
+            lines += rows or [f"{video},{second}\n"]
+        found[f"{part}.csv"] = "".join(lines)
+    return found
+
+
+def detected_file(path: str, part: str) -> str:
+    """The file of a detector's boxes for a part: detected_PART.csv, .json or .pkl; "": there is none."""
+    files = [epath.Path(path) / f"detected_{part}{suffix}" for suffix in boxes.DETECTIONS]
+    return next((str(file) for file in files if file.is_file()), "")
+
+
 def detected(source: SceneSource, file: str, threshold: float) -> SceneSource:
     """The same videos with the boxes that a detector found, those of `threshold` or more.
 
@@ -186,19 +248,21 @@ def detected(source: SceneSource, file: str, threshold: float) -> SceneSource:
         SourceError: a file of other videos, or without a box of that score.
     """
     found: dict[tuple[str, int], list[Row]] = collections.defaultdict(list)
-    known = {name for name, _ in source.files}
-    rows = [row for row in boxes.read_rows(file) if row.corners]
+    known = {name.rpartition(",")[0] for name in source.ids}
+    place_of = {name: i for i, name in enumerate(source.stored.ids)} if source.stored else {}
+    rows = [row for row in boxes.read_detections(file) if row.corners]
     for row in rows:
-        if row.extra >= threshold and row.video in known:
+        is_stored = not source.stored or record_id(row.frame) in place_of
+        if row.extra >= threshold and row.video in known and is_stored:
             check_box(file, row)
             found[row.frame].append(row)
     if not found:
         best = max((row.extra for row in rows), default=None)
         why = "no box in it" if best is None else f"none of score {threshold:g} or more of these videos"
         raise SourceError(f"{file}: {why}: detections are video,time,left,top,right,bottom,class,score")
-    ids = {id_of(frame) for frame in found}
-    if not ids & set(source.ids):
-        raise SourceError(f"{file} and {source.root} have no key frame in common, such as {min(ids)} ms")
+    named = {id_of(frame) for frame in found}
+    if not named & set(source.ids):
+        raise SourceError(f"{file} and {source.root} have no key frame in common, such as {min(named)} ms")
     kept = sorted(found)
     scenes = tuple(
         Scene(
@@ -209,7 +273,9 @@ def detected(source: SceneSource, file: str, threshold: float) -> SceneSource:
         )
         for frame in kept
     )
-    return dataclasses.replace(source, ids=tuple(map(id_of, kept)), labels=(-1,) * len(kept), scenes=scenes)
+    places = tuple(place_of[record_id(frame)] for frame in kept) if source.stored else ()
+    ids = tuple(map(id_of, kept))
+    return dataclasses.replace(source, ids=ids, labels=(-1,) * len(ids), scenes=scenes, places=places)
 
 
 def hold_out(source: SceneSource) -> tuple[SceneSource, SceneSource]:

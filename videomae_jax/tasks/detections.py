@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from videomae_jax import hosts, sharding, storage
 from videomae_jax.apps import annotate
 from videomae_jax.config import Config, UserError
-from videomae_jax.data import detection_clips, pipeline, reading, scenes
-from videomae_jax.data.decode import DecodeError
+from videomae_jax.data import detection_clips, pipeline, scenes
 from videomae_jax.data.scenes import SceneSource
 from videomae_jax.evaluation import detection
 from videomae_jax.evaluation.detection import Boxes
@@ -104,18 +103,16 @@ class Tester:
     """Runs a detector on every key frame of a part, frames of one size after the other.
 
     Args:
-        part: "validation" or "test": detected_PART.csv has a detector's boxes, without it the annotated ones
-            are taken.
+        part: "validation" or "test": detected_PART has a detector's boxes, without it the annotated ones are
+            taken.
     """
 
     def __init__(
         self, scores: Scores, truth: SceneSource, part: str, views: Views, config: Config, mesh: Mesh
     ):
         self.truth, self.views, self.config, self.mesh = truth, views, config, mesh
-        file = storage.at(truth.root) / f"detected_{part}.csv"
-        self.source = truth
-        if file.is_file():
-            self.source = scenes.detected(truth, str(file), config.detect.threshold)
+        file = scenes.detected_file(truth.root, part)
+        self.source = scenes.detected(truth, file, config.detect.threshold) if file else truth
         self.slots = max((len(scene.corners) for scene in self.source.scenes), default=1)
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch = -(-config.evaluate.batch_videos // parts) * parts
@@ -132,18 +129,13 @@ class Tester:
         )
 
     def _by_size(self) -> dict[tuple[int, int], list[int]]:
-        """Places of the source by the size that their frames become; a video is looked into once."""
-        size_of: dict[str, tuple[int, int]] = {}
-        for name, path in self.source.files:
-            try:
-                with reading.open_video(path, name) as video:
-                    height, width = video.read([0])[0].shape[:2]
-            except DecodeError:
-                height = width = self.views.short  # it will be named when it is read
-            size_of[name] = detection_clips.whole_tubelets(height, width, self.views.short, self.views.patch)
+        """Places of the source by the size that their frames become."""
         sizes = collections.defaultdict(list)
-        for place, name in enumerate(self.source.ids):
-            sizes[size_of[name.rpartition(",")[0]]].append(place)
+        for place, (height, width) in enumerate(self.source.frame_sizes()):
+            if not height:  # it will be named when it is read
+                height = width = self.views.short
+            size = detection_clips.whole_tubelets(height, width, self.views.short, self.views.patch)
+            sizes[size].append(place)
         return dict(sorted(sizes.items()))
 
     def run(self, params: Any) -> Found:

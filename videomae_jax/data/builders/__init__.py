@@ -1,6 +1,7 @@
 """Known data sets, from official annotation files and a local folder of videos: no downloads."""
 
 from videomae_jax.data.builders.ava import ava
+from videomae_jax.data.builders.boxes import boxes
 from videomae_jax.data.builders.hmdb51 import hmdb51
 from videomae_jax.data.builders.kinetics import kinetics
 from videomae_jax.data.builders.ssv2 import ssv2
@@ -17,5 +18,6 @@ BUILDERS = {
     **{f"ucf101_{number}": ucf101(number) for number in (1, 2, 3)},
     **{f"hmdb51_{number}": hmdb51(number) for number in (1, 2, 3)},
     "ava": ava,
+    "boxes": boxes,
 }
 """Name -> function of (annotations, folder of videos) -> Collection."""

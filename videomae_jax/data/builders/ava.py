@@ -10,20 +10,23 @@ import re
 from etils import epath
 
 from videomae_jax.data.collection import Collection, Entry, VideoFinder, collect, find_file
+from videomae_jax.data.scenes import CLIP_SECONDS
 from videomae_jax.data.sources import SourceError
 
 _ACTIONS = 80
-SECONDS = 3.0
-"""Length of a stored clip, its key frame in the middle: 64 frames of 24 to 30 per second, and some."""
-FEATURES = {
-    "timestamp": ((), "float32"),  # seconds into the movie
-    "boxes": ((None, 4), "float32"),  # x1, y1, x2, y2 as shares of width and height
-    "actions": ((None, _ACTIONS), "uint8"),  # of each box, 1 where it applies
-    "persons": ((None,), "int32"),
-}
 
 
-_Boxes = dict[tuple[float, ...], list[int]]
+def features(actions: int) -> dict[str, tuple[tuple[int | None, ...], str]]:
+    """What a record has beside the usual: name -> (shape, dtype)."""
+    return {
+        "timestamp": ((), "float32"),  # seconds into the movie
+        "boxes": ((None, 4), "float32"),  # x1, y1, x2, y2 as shares of width and height
+        "actions": ((None, actions), "uint8"),  # of each box, 1 where it applies
+        "persons": ((None,), "int32"),
+    }
+
+
+Boxes = dict[tuple[float, ...], list[int]]
 """(x1, y1, x2, y2, person) -> its actions, 1 where they apply."""
 
 
@@ -42,7 +45,7 @@ def ava(annotations: epath.Path, videos: epath.Path) -> Collection:
         split: _entries(annotations, short) for split, short in (("train", "train"), ("validation", "val"))
     }
     classes = tuple(names[number] for number in sorted(names))
-    return collect("ava", splits, VideoFinder(videos), classes, FEATURES)
+    return collect("ava", splits, VideoFinder(videos), classes, features(_ACTIONS))
 
 
 def _entries(annotations: epath.Path, short: str) -> list[tuple[Entry, list[str]]]:
@@ -51,7 +54,7 @@ def _entries(annotations: epath.Path, short: str) -> list[tuple[Entry, list[str]
         (movie, float(second))
         for movie, second in _rows(find_file(annotations, "list of excluded timestamps", excluded_file), 2)
     }
-    frames: dict[tuple[str, float], _Boxes] = {}
+    frames: dict[tuple[str, float], Boxes] = {}
     file = find_file(annotations, f"{short} list", f"ava_{short}_v2.2.csv")
     for movie, second, x1, y1, x2, y2, action, person in _rows(file, 8):
         if (movie, float(second)) in excluded:
@@ -63,10 +66,11 @@ def _entries(annotations: epath.Path, short: str) -> list[tuple[Entry, list[str]
             raise SourceError(f"{file}: {movie}, second {second} has action {action}, of {_ACTIONS}")
         key = (*(float(value) for value in (x1, y1, x2, y2)), float(person))
         boxes.setdefault(key, [0] * _ACTIONS)[int(action) - 1] = 1
-    return [(_entry(movie, second, boxes), [movie]) for (movie, second), boxes in frames.items()]
+    return [(key_frame(movie, second, boxes), [movie]) for (movie, second), boxes in frames.items()]
 
 
-def _entry(movie: str, second: float, boxes: _Boxes) -> Entry:
+def key_frame(movie: str, second: float, boxes: Boxes) -> Entry:
+    """A record of `CLIP_SECONDS` around a key frame; its id is MOVIE/SECOND, its file still unknown."""
     extra = {
         "timestamp": second,
         "boxes": [list(key[:4]) for key in boxes],
@@ -76,7 +80,7 @@ def _entry(movie: str, second: float, boxes: _Boxes) -> Entry:
     return Entry(
         id=f"{movie}/{second:g}",
         path="",
-        seconds=(max(second - SECONDS / 2, 0.0), second + SECONDS / 2),
+        seconds=(max(second - CLIP_SECONDS / 2, 0.0), second + CLIP_SECONDS / 2),
         extra=extra,
     )
 

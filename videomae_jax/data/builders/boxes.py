@@ -1,0 +1,37 @@
+"""Boxes of one's own, in AVA's form (`data.scenes`): clips around key frames, prepared."""
+
+import dataclasses
+
+from etils import epath
+
+from videomae_jax.data import boxes as files
+from videomae_jax.data import scenes
+from videomae_jax.data.builders.ava import Boxes, features, key_frame
+from videomae_jax.data.collection import Collection, Entry
+
+
+def boxes(folder: epath.Path, _videos: epath.Path) -> Collection:
+    """One record per key frame that has a box, with the id VIDEO/SECOND; label -1.
+
+    Raises:
+        SourceError: as `scenes.open_scenes`.
+    """
+    path = str(folder)
+    train = scenes.open_scenes(path, "train")
+    parts = [part for part in scenes.PARTS if scenes.has_part(path, part)]
+    splits = {part: _entries(path, part) for part in parts}
+    return Collection("boxes", splits, train.classes, features(len(train.classes)))
+
+
+def _entries(path: str, part: str) -> list[Entry]:
+    source = scenes.open_scenes(path, part)  # which checks the rows
+    places, numbers = dict(source.files), source.numbers
+    frames: dict[tuple[str, int], Boxes] = {}
+    for row in files.read_rows(str(epath.Path(path) / f"{part}.csv")):
+        if row.corners:
+            marks = frames.setdefault(row.frame, {}).setdefault((*row.corners, row.extra), [0] * len(numbers))
+            marks[numbers.index(row.action)] = 1
+    return [
+        dataclasses.replace(key_frame(frame[0], frame[1] / 1000, frames[frame]), path=places[frame[0]])
+        for frame in sorted(frames)
+    ]
