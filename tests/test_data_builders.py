@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from videomae_jax.apps import prepare as command
-from videomae_jax.data import decode, detection_clips, scenes, sources
+from videomae_jax.data import decode, detection_clips, reading, scenes, sources, transcode
 from videomae_jax.data.builders import BUILDERS
 
 
@@ -228,3 +228,19 @@ def test_unknown_labels_and_doubled_names(tmp_path):
         prepare("ssv2", tmp_path)
     with pytest.raises(sources.SourceError, match="is no folder of videos"):
         prepare("ssv2", tmp_path, videos=str(tmp_path / "nowhere"))
+
+
+def test_a_movie_is_opened_and_hashed_once_for_its_parts(tmp_path, monkeypatch):
+    ava(tmp_path)
+    opened = []
+    real = reading.open_video
+    monkeypatch.setattr(reading, "open_video", lambda path, *name: opened.append(path) or real(path, *name))
+    movie, form = str(tmp_path / "videos" / "m1.mkv"), transcode.Form("h264_intra", 32)
+    parts = [transcode.transcode(movie, form, start, start + 3.0) for start in (0.0, 4.0, 2.0, 0.0)]
+    assert opened == [movie]
+    assert parts[0] == parts[3]
+    assert len({part.source_sha256 for part in parts}) == 1
+    whole = transcode.transcode(movie, form)
+    assert whole.source_sha256 == parts[0].source_sha256
+    clips.write(tmp_path / "videos" / "m1.mkv", clips.numbered_frames(70, 32, 48))  # another file now
+    assert transcode.transcode(movie, form, 0.0, 3.0).source_sha256 != parts[0].source_sha256

@@ -6,9 +6,12 @@ which has BT.601 in full range, and for RGB, which becomes BT.601.
 
 import dataclasses
 import fractions
+import functools
 import hashlib
 import io
 import itertools
+import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,17 +69,31 @@ def transcode(path: str, form: Form, start: float | None = None, end: float | No
     Raises:
         DecodeError: the file cannot be read, or a frame of it cannot be decoded or encoded.
     """
+    if start is not None and form.codec != "keep":
+        status = os.stat(path) if os.path.isfile(path) else None
+        video, digest = _divided(path, status and (status.st_size, status.st_mtime_ns), threading.get_ident())
+        return _part(video, digest, form, *_span(video, start, end))
     with reading.open_video(path) as video:
-        if form.codec == "keep":
-            if start is not None or not isinstance(video, decode.Video):
-                raise decode.DecodeError(f"{path}: keep stores whole files only: use another codec")
-            return _keep(path, video)
-        first, last = _span(video, start, end)
-        try:
-            encoded, height, width = _encode(video, first, last, form)
-        except (FFmpegError, ValueError) as error:
-            raise decode.DecodeError(f"{path}: cannot be encoded as {form.codec} ({error})") from None
-        return Encoded(encoded, last - first, video.fps, height, width, video.digest())
+        if form.codec != "keep":
+            return _part(video, video.digest(), form, *_span(video, start, end))
+        if start is not None or not isinstance(video, decode.Video):
+            raise decode.DecodeError(f"{path}: keep stores whole files only: use another codec")
+        return _keep(path, video)
+
+
+@functools.lru_cache(maxsize=2)
+def _divided(path: str, _version: tuple[int, int] | None, _thread: int) -> tuple[AnyVideo, str]:
+    """(a video of which several parts are stored, its hash): a movie of AVA has 900. One for each thread."""
+    video = reading.open_video(path)
+    return video, video.digest()
+
+
+def _part(video: AnyVideo, digest: str, form: Form, first: int, last: int) -> Encoded:
+    try:
+        encoded, height, width = _encode(video, first, last, form)
+    except (FFmpegError, ValueError) as error:
+        raise decode.DecodeError(f"{video.name}: cannot be encoded as {form.codec} ({error})") from None
+    return Encoded(encoded, last - first, video.fps, height, width, digest)
 
 
 def _span(video: AnyVideo, start: float | None, end: float | None) -> tuple[int, int]:
