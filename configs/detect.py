@@ -95,4 +95,4 @@ def _tiny(c) -> None:
     c.detect.update(boxes=4, short=(48, 52), test_short=48)
     c.augment.flip = False
     c.evaluate.batch_videos = 32
-    c.optim.update(lr=0.012, min_lr=0.0, duration=15, warmup=1, clip_norm=1.0)
+    c.optim.update(lr=0.012, min_lr=0.0, duration=8, warmup=1, clip_norm=1.0)
