@@ -200,6 +200,10 @@ def test_what_is_refused(detector, video, tmp_path, change, error, message):
 def test_other_weights_are_refused(video, tmp_path):
     config = heads.ClassifierConfig(**SHARED, classes=("a", "b"))
     vm.save(heads.VideoClassifier(config, rngs=nnx.Rngs(0)), tmp_path / "clf")
+    model = ActionDetector(DetectorConfig(**SHARED, classes=("a", "b")), rngs=nnx.Rngs(0))
+    vm.save(model, tmp_path / "bare")
+    with pytest.raises(UserError, match="does not tell its stride"):
+        detect.run(video, str(tmp_path / "bare"), str(tmp_path / "out.mp4"), Options())
     with pytest.raises(UserError, match="holds no detector"):
         detect.run(video, str(tmp_path / "clf"), str(tmp_path / "out.mp4"), Options())
 

@@ -266,5 +266,7 @@ def test_weights_that_cannot_be_tested(trained, boxed, tmp_path):
     config.data.path = str(tmp_path / "data")
     with pytest.raises(UserError, match="knows 10 actions"):
         table.evaluate_weights(config, tmp_path / "out", str(trained[0]), weights.Hints())
+    with pytest.raises(UserError, match="takes none of --classes"):
+        table.evaluate_weights(config, tmp_path / "out", str(trained[0]), weights.Hints(stride=3))
     with pytest.raises(ValueError, match="PyTorch layouts have no detector"):
         vm.export_torch(vm.load(trained[0]), tmp_path / "hf")

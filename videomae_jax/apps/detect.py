@@ -80,7 +80,10 @@ def run(path: str, checkpoint: str, out: str, options: Options) -> dict[str, Any
     model = weights.read(checkpoint, weights.Hints())
     if not isinstance(model, ActionDetector):
         raise UserError(f"{checkpoint} holds no detector: train one with configs/detect.py")
-    look = _looker(model, weights.read_recipe(checkpoint, weights.Hints()))
+    recipe = weights.read_recipe(checkpoint, weights.Hints())
+    if not {"stride", "test_short"} <= set(recipe):
+        raise UserError(f"{checkpoint} does not tell its stride and frame size: name a run, or its best/")
+    look = _looker(model, recipe)
     with reading.open_video(path, path) as video:
         keys = list(_keys(video, path, options, look))
         link(keys)

@@ -71,10 +71,12 @@ def _average_precision(truth: Boxes, found: Boxes, threshold: float) -> float | 
     found = found.of(np.lexsort((-found.scores, found.frames)))
     starts = np.searchsorted(found.frames, found.frames)
     found = found.of(np.arange(len(starts)) - starts < _MOST)
+    truth = truth.of(np.argsort(truth.frames, kind="stable"))
     right = np.zeros(len(found.frames), bool)
     for frame in np.intersect1d(truth.frames, found.frames):
         first, end = np.searchsorted(found.frames, [frame, frame + 1])
-        overlap = overlaps(found.corners[first:end], truth.corners[truth.frames == frame])
+        low, high = np.searchsorted(truth.frames, [frame, frame + 1])
+        overlap = overlaps(found.corners[first:end], truth.corners[low:high])
         nearest = overlap.argmax(axis=1)
         enough = np.flatnonzero(overlap.max(axis=1) >= threshold)
         _, best = np.unique(nearest[enough], return_index=True)

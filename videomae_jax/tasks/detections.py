@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,35 +53,35 @@ class Found:
         for name, reason in self.failed.items():
             report.say(f"bad key frame {name}, left out: {reason}")
 
-    def rows(self) -> list[tuple[str, np.ndarray, int, float]]:
-        """(id, corners, class, score) of all detections, numbers as they are written: 5 decimals."""
-        found = []
+    @functools.cached_property
+    def boxes(self) -> Boxes:
+        """Every box with every action; frames are places in `source`, numbers as they are written."""
+        parts = []
         for place, scores in sorted(self.scores.items()):
-            scene = self.source.scenes[place]
-            sure = np.round(scores * scene.scores[:, None], 5)
-            corners = np.round(scene.corners.astype(np.float64), 5)
-            name = self.source.ids[place]
-            found += [
-                (name, corners[box], action, float(sure[box, action]))
-                for box in range(len(corners))
-                for action in range(sure.shape[1])
-            ]
-        return found
+            scene, (count, actions) = self.source.scenes[place], scores.shape
+            parts.append(
+                Boxes(
+                    np.full(count * actions, place),
+                    np.round(scene.corners.astype(np.float64), 5).repeat(actions, axis=0),
+                    np.tile(np.arange(actions), count),
+                    np.round(scores * scene.scores[:, None], 5).astype(np.float64).reshape(-1),
+                )
+            )
+        return _joined(parts)
 
     def precisions(self) -> dict[int, float | None]:
         """Average precision of each class, by its place."""
-        number = {name: i for i, name in enumerate(sorted({*self.truth.ids, *self.source.ids}))}
-        excluded = self.truth.excluded
-        truth = [
-            (number[name], corners, action, 1.0)
-            for name, scene in zip(self.truth.ids, self.truth.scenes, strict=True)
-            for corners, actions in zip(scene.corners, scene.actions, strict=True)
-            for action in actions
-            if name not in excluded
-        ]
-        rows = [(number[name], *rest) for name, *rest in self.rows() if name not in excluded]
-        classes = np.arange(len(self.truth.classes))
-        return detection.average_precisions(_boxes(truth), _boxes(rows), classes)
+        number = {name: i for i, name in enumerate(self.source.ids)}
+        number |= {name: len(number) + i for i, name in enumerate(self.truth.ids) if name not in number}
+        skipped = [number[name] for name in self.truth.excluded if name in number]
+        parts = []
+        for name, scene in zip(self.truth.ids, self.truth.scenes, strict=True):
+            each = [len(actions) for actions in scene.actions]
+            actions = np.array([action for done in scene.actions for action in done], np.int64)
+            corners = scene.corners.astype(np.float64).repeat(each, axis=0)
+            parts.append(Boxes(np.full(len(actions), number[name]), corners, actions, np.ones(len(actions))))
+        truth, found = (boxes.of(~np.isin(boxes.frames, skipped)) for boxes in (_joined(parts), self.boxes))
+        return detection.average_precisions(truth, found, np.arange(len(self.truth.classes)))
 
     def figures(self) -> dict[str, float]:
         """Frame-mAP at IoU 0.5; NaN if a score is not finite, so that such weights are never the best."""
@@ -89,14 +90,9 @@ class Found:
         return {"mAP": detection.mean(self.precisions())}
 
 
-def _boxes(rows: list[tuple[Any, ...]]) -> Boxes:
-    frames, corners, actions, scores = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return Boxes(
-        np.array(frames, np.int64),
-        np.array(corners, np.float64).reshape(-1, 4),
-        np.array(actions, np.int64),
-        np.array(scores, np.float64),
-    )
+def _joined(parts: list[Boxes]) -> Boxes:
+    none = Boxes(np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0))
+    return Boxes(*(np.concatenate(column) for column in zip(none, *parts, strict=True)))
 
 
 class Tester:
@@ -227,10 +223,13 @@ def write(workdir: Place, found: Found, config: Config, path: str) -> dict[str, 
 
 def csv_of(found: Found) -> str:
     """All detections as AVA has them: video,time,left,top,right,bottom,action,score."""
-    lines = []
-    for name, corners, action, score in found.rows():
+    names = []
+    for name in found.source.ids:
         video, _, milliseconds = name.rpartition(",")
-        time = f"{int(milliseconds) / 1000:.10g}"
-        numbers = ",".join(f"{x:.5f}" for x in corners)
-        lines.append(f"{video},{time},{numbers},{found.truth.numbers[action]},{score:.5f}\n")
-    return "".join(lines)
+        names.append(f"{video},{int(milliseconds) / 1000:.10g}")
+    return "".join(
+        f"{names[frame]},{left:.5f},{top:.5f},{right:.5f},{bottom:.5f},{found.truth.numbers[action]},{score:.5f}\n"
+        for frame, (left, top, right, bottom), action, score in zip(
+            *(column.tolist() for column in found.boxes), strict=True
+        )
+    )
