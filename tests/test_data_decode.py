@@ -1,5 +1,6 @@
 """Exact frames by index or time from any container; a `DecodeError` and nothing else from broken files."""
 
+import array
 import pathlib
 
 import av
@@ -7,7 +8,7 @@ import clips
 import numpy as np
 import pytest
 
-from videomae_jax.data import decode
+from videomae_jax.data import decode, marks
 
 # Frames that a player shows, counted with a plain full decode and checked against the containers.
 REAL = {
@@ -206,3 +207,32 @@ def test_write_video_is_the_same_each_time_and_even(tmp_path):
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     with pytest.raises(ValueError, match="even frame size, not 47x32"):
         decode.write_video(tmp_path / "c.mp4", frames[:, :, :47], fps=8)
+
+
+def test_a_file_is_gone_through_once(tmp_path, monkeypatch):
+    """Its packets are remembered, and counted frames; of another file of its name nothing is."""
+    path = tmp_path / "long.mkv"
+    clips.write(path, clips.numbered_frames(40, 32, 48))
+    passes = []
+    real = decode.Video._demux
+    monkeypatch.setattr(decode.Video, "_demux", lambda self: passes.append(self) or real(self))
+    with decode.Video(path) as video:
+        first = video.read([3, 30])
+    before = len(passes)
+    with decode.Video(path) as video:
+        opened = len(passes)
+        np.testing.assert_array_equal(video.read([3, 30]), first)
+    assert opened == before
+    clips.write(path, clips.numbered_frames(20, 32, 48))
+    with decode.Video(path) as video:
+        assert video.num_frames == 20
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr(marks, "_MOST", 100)
+    known = marks._Known()
+    for number in range(5):
+        known.keep((str(number), 0, 0), marks.Index(array.array("q", range(40)), [], True))
+    assert known.find(("2", 0, 0)) is None
+    assert known.find(("3", 0, 0)) is not None
+    assert known.find(None) is None

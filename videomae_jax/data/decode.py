@@ -5,12 +5,11 @@ decoding starts at the last key frame before each wanted frame; elsewhere it sta
 does where what a container says turns out wrong: times that are those of decoding, key frames that are none.
 """
 
+import array
 import bisect
 import collections
 import contextlib
-import dataclasses
 import fractions
-import functools
 import hashlib
 import io
 import itertools
@@ -24,6 +23,8 @@ import numpy as np
 from av.error import FFmpegError
 from av.stream import Disposition
 
+from videomae_jax.data import marks
+from videomae_jax.data.marks import Mark
 from videomae_jax.data.rgb import ChooseBox, ToRgb
 
 # Containers whose packets carry the times at which frames are shown. Others (AVI, MPEG program streams)
@@ -46,16 +47,6 @@ class DecodeError(Exception):
 
 class ReadError(DecodeError):
     """A file cannot be read, or not at present: it says nothing of the video."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Mark:
-    """What is kept of a packet: when it is shown and decoded, in ticks of the stream."""
-
-    pts: int | None
-    dts: int | None
-    is_key: bool
-    is_discard: bool
 
 
 class Video:
@@ -134,26 +125,34 @@ class Video:
         return max(videos, key=score)
 
     def _index(self) -> None:
-        marks = self._container_index() or [_mark(packet) for packet in self._demux()]
-        # Packets marked as discarded by an edit list are decoded, never shown.
-        self._times = sorted(m.pts for m in marks if m.pts is not None and not m.is_discard)
-        self._keys = [mark for mark in marks if mark.is_key and mark.pts is not None]
+        version = None if isinstance(self._source, bytes) else marks.version_of(os.path.abspath(self._source))
+        self._known = marks.known.find(version) or self._read_index()
+        self._times, self._keys, self._is_timed = self._known.times, self._known.keys, self._known.is_timed
         self._key_times: list[int] = [mark.pts for mark in self._keys if mark.pts is not None]
-        # Rising with decoding although the codec reorders: remuxed from a form without times.
-        shown = [mark.pts for mark in marks if mark.pts is not None]
-        are_of_decoding = bool(self._stream.codec_context.has_b_frames) and shown == sorted(shown)
-        self._is_timed = (
-            self._container.format.name in _TIMED_CONTAINERS
-            and not are_of_decoding
-            and all(mark.pts is not None for mark in marks)
-            and len(set(self._times)) == len(self._times)
-            and self._keys[:1] == marks[:1]
-            and self._key_times == sorted(self._key_times)
-        )
         if self.num_frames == 0:
             raise self._error("has no frames")
+        marks.known.keep(version, self._known)
 
-    def _container_index(self) -> list[_Mark]:
+    def _read_index(self) -> marks.Index:
+        found = self._container_index() or [_mark(packet) for packet in self._demux()]
+        # Packets marked as discarded by an edit list are decoded, never shown.
+        times = sorted(m.pts for m in found if m.pts is not None and not m.is_discard)
+        keys = [mark for mark in found if mark.is_key and mark.pts is not None]
+        key_times = [mark.pts for mark in keys if mark.pts is not None]
+        # Rising with decoding although the codec reorders: remuxed from a form without times.
+        shown = [mark.pts for mark in found if mark.pts is not None]
+        are_of_decoding = bool(self._stream.codec_context.has_b_frames) and shown == sorted(shown)
+        is_timed = (
+            self._container.format.name in _TIMED_CONTAINERS
+            and not are_of_decoding
+            and all(mark.pts is not None for mark in found)
+            and len(set(times)) == len(times)
+            and keys[:1] == found[:1]
+            and key_times == sorted(key_times)
+        )
+        return marks.Index(array.array("q", times), keys, is_timed)
+
+    def _container_index(self) -> list[Mark]:
         """The packets as an MP4's own index has them, if it is enough: every frame a key frame, in order.
 
         It lacks the times of presentation, which differ where frames are decoded out of order. A file without
@@ -161,12 +160,12 @@ class Video:
         """
         if self._container.format.name != _TIMED_CONTAINERS[0] or self._stream.codec_context.has_b_frames:
             return []
-        marks = [
-            _Mark(e.timestamp, e.timestamp, e.is_keyframe, e.is_discard) for e in self._stream.index_entries
+        found = [
+            Mark(e.timestamp, e.timestamp, e.is_keyframe, e.is_discard) for e in self._stream.index_entries
         ]
-        if not marks or not all(mark.is_key for mark in marks):
+        if not found or not all(mark.is_key for mark in found):
             return []
-        return marks if [_mark(packet) for packet in itertools.islice(self._demux(), 1)] == marks[:1] else []
+        return found if [_mark(packet) for packet in itertools.islice(self._demux(), 1)] == found[:1] else []
 
     def _error(self, what: str, cause: Exception | None = None) -> DecodeError:
         reason = f" ({getattr(cause, 'strerror', None) or cause})" if cause else ""
@@ -180,14 +179,18 @@ class Video:
     def __exit__(self, *_exception: object) -> None:
         self._container.close()
 
-    @functools.cached_property
+    @property
     def num_frames(self) -> int:
         """Frames that a full decode shows.
 
         Raises:
             DecodeError: they had to be counted by decoding, and decoding failed.
         """
-        return len(self._times) if self._is_timed else sum(1 for _ in self.frames())
+        if self._is_timed:
+            return len(self._times)
+        if self._known.counted is None:
+            self._known.counted = sum(1 for _ in self.frames())
+        return self._known.counted
 
     @property
     def fps(self) -> float:
@@ -321,7 +324,7 @@ class Video:
 
     def _read_timed(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
         index_of = {self._times[i]: i for i in wanted} if self._is_timed else {}
-        groups: dict[_Mark, set[int]] = {}
+        groups: dict[Mark, set[int]] = {}
         for time in index_of:
             start = self._keys[max(bisect.bisect_right(self._key_times, time) - 1, 0)]
             groups.setdefault(start, set()).add(time)
@@ -339,7 +342,7 @@ class Video:
             except DecodeError:
                 return  # what did not start at a key frame fails too: counting tells
 
-    def _needed(self, start: _Mark, times: set[int]) -> Iterator[av.Packet]:
+    def _needed(self, start: Mark, times: set[int]) -> Iterator[av.Packet]:
         """Packets from the key frame `start` to the last of those shown at `times`."""
         try:
             self._container.seek(start.dts if start.dts is not None else start.pts, stream=self._stream)
@@ -379,8 +382,8 @@ class Video:
             raise self._error("is damaged", error) from None
 
 
-def _mark(packet: av.Packet) -> _Mark:
-    return _Mark(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
+def _mark(packet: av.Packet) -> Mark:
+    return Mark(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
 
 
 SAME_ON_EVERY_CPU = {"x264-params": "cpu-independent=1"}
