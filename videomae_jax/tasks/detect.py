@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from videomae_jax import config as settings
 from videomae_jax import hosts, storage
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import detection_clips, moving_scenes, moving_shapes, processes, scenes
@@ -210,6 +211,7 @@ def evaluate(config: Config, workdir: Place, checkpoint: str) -> dict[str, Any]:
     Raises:
         UserError: no detector, or one of other actions; as `detections.write`.
     """
+    config = compute.on_this_machine(settings.checked(config))
     is_best = not checkpoint and (workdir / "best").is_dir()
     path = checkpoint or str(workdir / "best" if is_best else workdir)
     made = weights.read_config(path)

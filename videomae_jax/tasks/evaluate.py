@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from videomae_jax import config as settings
 from videomae_jax import hosts, storage
 from videomae_jax.apps import predictions
 from videomae_jax.config import Config, UserError
@@ -32,6 +33,7 @@ def run(
         SourceError: videos of a class that the classifier does not know.
         OutputError: outputs that are not finite, naming the first video.
     """
+    config = compute.on_this_machine(settings.checked(config))
     if config.task not in CLASSIFIERS:
         raise UserError(f"evaluate tests classifiers and detectors, not task={config.task}: use their config")
     is_best = not checkpoint and (workdir / "best").is_dir()
