@@ -163,6 +163,20 @@ def test_fsdp_over_processes_and_finetuning(start, tmp_path):
 
 
 @pytest.mark.slow
+def test_detection_on_two_hosts(start, boxed, tmp_path):
+    """The same losses and detections; each host tests its own key frames."""
+    for count in (1, 2):
+        workdir = tmp_path / str(count)
+        processes = start(workdir, count, f"--config.data.path={boxed}", task="detect")
+        assert finish(processes) == [0] * count, "".join(map(output, processes))
+    losses = [[line["loss"] for line in logged(tmp_path / str(count))] for count in (1, 2)]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    rows = [(tmp_path / str(count) / "detections.csv").read_text().splitlines() for count in (1, 2)]
+    tables = [np.array([row.split(",")[1:] for row in found], float) for found in rows]
+    np.testing.assert_allclose(*tables, atol=2e-5)  # what is written has 5 decimals
+
+
+@pytest.mark.slow
 def test_hosts_that_differ_are_named(start, tmp_path):
     processes = start(tmp_path / "run", 2, of_last=["--config.optim.lr=0.5"])
     assert finish(processes) == [2, 2]

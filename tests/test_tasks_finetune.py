@@ -456,7 +456,9 @@ def test_wrong_uses_of_evaluate(undisturbed, pretrained, shapes, tmp_path):
     c = finetune_config(shapes)
     with pytest.raises(settings.UserError, match="holds a pretraining model, which has no trained head"):
         evaluate.run(c, tmp_path / "w", str(pretrained))
-    with pytest.raises(settings.UserError, match="evaluate tests classifiers and detectors, not task=pretrain"):
+    with pytest.raises(
+        settings.UserError, match="evaluate tests classifiers and detectors, not task=pretrain"
+    ):
         evaluate.run(load_config("debug"), tmp_path / "w", str(workdir))
     other = finetune_config(with_classes(shapes, tmp_path / "few", ["down", "sideways", "up"]))
     with pytest.raises(settings.UserError, match=r"has 3 classes, the model .* 8, and 'sideways' is not"):
