@@ -94,6 +94,15 @@ def ava(root: pathlib.Path) -> None:
         clips.write(root / "videos" / f"{name}.mkv", frames)
 
 
+def ava_kinetics(root: pathlib.Path) -> None:
+    ava(root)
+    folder, box = root / "annotations", ("0.1", "0.2", "0.5", "0.9")
+    rows = [("abcdefghi_k", "12.5", *box, "7", "0"), ("abcdefghi_k", "12.5", *box, "9", "0")]
+    table(folder / "kinetics_train_v1.0.csv", rows)
+    table(folder / "kinetics_val_v1.0.csv", [("abcdefghi_k", "10.5", *box, "7")])
+    video(root / "videos" / "kinetics" / "abcdefghi_k_000010_000020.mkv", seconds=5)
+
+
 MAKE = {
     "kinetics400": lambda root: kinetics(root, 400),
     "kinetics600": lambda root: kinetics(root, 600),
@@ -102,6 +111,7 @@ MAKE = {
     **{f"ucf101_{i}": ucf101 for i in (1, 2, 3)},
     **{f"hmdb51_{i}": hmdb51 for i in (1, 2, 3)},
     "ava": ava,
+    "ava_kinetics": ava_kinetics,
 }
 # name -> split -> [(id, label)]
 EXPECTED = {
@@ -128,6 +138,10 @@ EXPECTED = {
         for i in (1, 2, 3)
     },
     "ava": {"train": [("m1/4", -1), ("m1/6", -1)], "validation": [("m2/3", -1)]},
+    "ava_kinetics": {
+        "train": [("m1/4", -1), ("m1/6", -1), ("abcdefghi_k_000010_000020/2.5", -1)],
+        "validation": [("m2/3", -1), ("abcdefghi_k_000010_000020/0.5", -1)],
+    },
 }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,14 @@ class VideoFinder:
             name = path.stem if path.suffix.lower() in sources.SUFFIXES else path.name
             for key in (name, f"{path.parent.name}/{name}"):
                 self._by_name.setdefault(key, []).append(path)
+
+    def parts(self) -> dict[str, list[tuple[int, int, str]]]:
+        """Id of an original video -> (first second, last, name) of the parts that are called ID_START_END."""
+        found: dict[str, list[tuple[int, int, str]]] = {}
+        for name in sorted(self._by_name):
+            if match := re.fullmatch(r"([^/]+)_(\d{6})_(\d{6})", name):
+                found.setdefault(match[1], []).append((int(match[2]), int(match[3]), name))
+        return found
 
     def entries(self, wanted: Iterable[tuple[Entry, Sequence[str]]]) -> tuple[list[Entry], list[str]]:
         """(entries whose file is there, with its path; ids of the others); each has its possible names.

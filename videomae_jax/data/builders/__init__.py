@@ -1,6 +1,7 @@
 """Known data sets, from official annotation files and a local folder of videos: no downloads."""
 
 from videomae_jax.data.builders.ava import ava
+from videomae_jax.data.builders.ava_kinetics import ava_kinetics
 from videomae_jax.data.builders.boxes import boxes
 from videomae_jax.data.builders.hmdb51 import hmdb51
 from videomae_jax.data.builders.kinetics import kinetics
@@ -18,6 +19,7 @@ BUILDERS = {
     **{f"ucf101_{number}": ucf101(number) for number in (1, 2, 3)},
     **{f"hmdb51_{number}": hmdb51(number) for number in (1, 2, 3)},
     "ava": ava,
+    "ava_kinetics": ava_kinetics,
     "boxes": boxes,
 }
 """Name -> function of (annotations, folder of videos) -> Collection."""

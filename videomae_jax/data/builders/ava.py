@@ -30,33 +30,49 @@ Boxes = dict[tuple[float, ...], list[int]]
 """(x1, y1, x2, y2, person) -> its actions, 1 where they apply."""
 
 
+PARTS = {"train": "train", "validation": "val"}
+"""Split -> what the official files call it."""
+
+
 def ava(annotations: epath.Path, videos: epath.Path) -> Collection:
     """One record per annotated key frame, with the id MOVIE/SECOND; label -1.
 
     Raises:
         SourceError: annotation files of something else.
     """
+    names = action_names(annotations)
+    splits = {split: entries(annotations, short) for split, short in PARTS.items()}
+    return collect("ava", splits, VideoFinder(videos), names, features(_ACTIONS))
+
+
+def action_names(annotations: epath.Path) -> tuple[str, ...]:
+    """The 80 actions, by their numbers."""
     file = find_file(annotations, "action list", "ava_action_list_v2.2.pbtxt")
     pairs = re.findall(r'name:\s*"([^"]*)"\s*(?:label_)?id:\s*(\d+)', file.read_text())
     names = {int(number): name for name, number in pairs}
     if sorted(names) != list(range(1, _ACTIONS + 1)):
         raise SourceError(f"{file} has {len(names)} actions, not the {_ACTIONS} of AVA 2.2")
-    splits = {
-        split: _entries(annotations, short) for split, short in (("train", "train"), ("validation", "val"))
-    }
-    classes = tuple(names[number] for number in sorted(names))
-    return collect("ava", splits, VideoFinder(videos), classes, features(_ACTIONS))
+    return tuple(names[number] for number in sorted(names))
 
 
-def _entries(annotations: epath.Path, short: str) -> list[tuple[Entry, list[str]]]:
+def entries(annotations: epath.Path, short: str) -> list[tuple[Entry, list[str]]]:
+    """The key frames of a part of AVA, each with the name of its movie."""
     excluded_file = f"ava_{short}_excluded_timestamps_v2.2.csv"
     excluded = {
         (movie, float(second))
         for movie, second in _rows(find_file(annotations, "list of excluded timestamps", excluded_file), 2)
     }
-    frames: dict[tuple[str, float], Boxes] = {}
     file = find_file(annotations, f"{short} list", f"ava_{short}_v2.2.csv")
-    for movie, second, x1, y1, x2, y2, action, person in _rows(file, 8):
+    frames = key_frames(file, _rows(file, 8), excluded)
+    return [(key_frame(movie, second, boxes), [movie]) for (movie, second), boxes in frames.items()]
+
+
+def key_frames(
+    file: epath.Path, rows: list[list[str]], excluded: set[tuple[str, float]]
+) -> dict[tuple[str, float], Boxes]:
+    """(video, second) -> the boxes of a list of video,second,x1,y1,x2,y2,action,person."""
+    frames: dict[tuple[str, float], Boxes] = {}
+    for movie, second, x1, y1, x2, y2, action, person in rows:
         if (movie, float(second)) in excluded:
             continue
         boxes = frames.setdefault((movie, float(second)), {})
@@ -66,7 +82,7 @@ def _entries(annotations: epath.Path, short: str) -> list[tuple[Entry, list[str]
             raise SourceError(f"{file}: {movie}, second {second} has action {action}, of {_ACTIONS}")
         key = (*(float(value) for value in (x1, y1, x2, y2)), float(person))
         boxes.setdefault(key, [0] * _ACTIONS)[int(action) - 1] = 1
-    return [(key_frame(movie, second, boxes), [movie]) for (movie, second), boxes in frames.items()]
+    return frames
 
 
 def key_frame(movie: str, second: float, boxes: Boxes) -> Entry:
