@@ -42,7 +42,7 @@ setup(
         "onnx": ["onnxruntime>=1.20", "opencv-python-headless>=4.10,<5"],
         "beam": ["apache-beam>=2.70"],  # pins older libraries: an environment of its own
         "viz": ["tensorboard"],
-        "torch": ["decord>=0.6", "torch", "transformers>=4.40"],
+        "torch": ["decord>=0.6", "torch", "torchvision", "transformers>=4.40"],
         "dev": [
             "beartype>=0.19",
             "hypothesis>=6.100",

@@ -1,6 +1,8 @@
 """The command `detect` on real files and generated ones: boxes of every origin, links, and what is drawn."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -147,6 +149,38 @@ def test_a_detector_of_ones_own(tmp_path, layout):
     corners, scores = find(np.zeros((32, 64, 3), np.uint8))
     np.testing.assert_allclose(corners, [[8 / 64, 4 / 32, 24 / 64, 12 / 32], [36 / 64, 0.5, 44 / 64, 1]])
     np.testing.assert_allclose(scores, [0.9, 0.6], rtol=1e-5)
+
+
+def test_torchvision_gives_people_in_parts_of_the_frame(monkeypatch):
+    """With a stand-in for the library, which is not installed here."""
+    found = {
+        "boxes": np.array([[0, 0, 32, 16], [1, 0, 32, 16], [32, 16, 64, 32], [0, 0, 9, 9]], np.float32),
+        "labels": np.array([1, 1, 1, 2]),
+        "scores": np.array([0.9, 0.8, 0.3, 0.99], np.float32),
+    }
+    seen = []
+
+    class Model:
+        def eval(self):
+            return self
+
+        def __call__(self, clips):
+            seen.append(clips[0])
+            return [found]
+
+    class Pixels(np.ndarray):
+        def float(self):
+            return self.astype(np.float32)
+
+    torch = SimpleNamespace(no_grad=contextlib.nullcontext, from_numpy=lambda x: x.view(Pixels))
+    library = SimpleNamespace(fasterrcnn_resnet50_fpn=lambda weights: Model())
+    modules = {"torch": torch, "torchvision.models.detection": library}
+    monkeypatch.setattr(people.importlib, "import_module", modules.__getitem__)
+    corners, scores = people.torchvision(0.4)(np.full((32, 64, 3), 255, np.uint8))
+    np.testing.assert_allclose(corners, [[0, 0, 0.5, 0.5]])
+    np.testing.assert_allclose(scores, [0.9])
+    assert seen[0].shape == (3, 32, 64)
+    assert seen[0].max() == 1.0
 
 
 def test_opencv_finds_nobody_in_noise_and_answers_in_parts(rng):

@@ -327,13 +327,13 @@ def _detect(values: Any, arguments: list[str], _started: float) -> None:
 def _detect_flags(values: flags.FlagValues) -> None:
     text, number = flags.DEFINE_string, flags.DEFINE_float
     text("checkpoint", None, "Work folder, checkpoint or export of a detector.", flag_values=values)
-    boxes = "whole, people (OpenCV), onnx:FILE (as YOLO), or a CSV of video,time,left,top,right,bottom."
+    boxes = "whole, people (OpenCV), torchvision, onnx:FILE (as YOLO), or a CSV of video,time,corners."
     text("boxes", "people", boxes, flag_values=values)
     text("out", None, "Video to write, .mp4; the same as .json beside it.", flag_values=values)
     number("every", 1.0, "Seconds from one key frame to the next.", flag_values=values)
     flags.DEFINE_integer("top", 3, "Actions to name, of each box.", flag_values=values)
     number("least", 0.2, "Score that an action must have to be drawn.", flag_values=values)
-    number("threshold", 0.4, "Least score of a box of onnx:FILE.", flag_values=values)
+    number("threshold", 0.4, "Least score of a box of torchvision or onnx:FILE.", flag_values=values)
 
 
 COMMANDS: dict[str, tuple[Callable, Sequence[str], Sequence[str], Callable]] = {

@@ -32,11 +32,11 @@ class Options:
     """How a video is looked at.
 
     Attributes:
-        boxes: "whole", "people", "onnx:FILE", or a CSV of video,time,left,top,right,bottom.
+        boxes: "whole", "people", "torchvision", "onnx:FILE", or a CSV of video,time,left,top,right,bottom.
         every: seconds from one key frame to the next; of a CSV its own times are taken.
         top: actions to name, of each box.
         least: score that an action must have to be drawn.
-        threshold: least score of a box that `onnx` finds.
+        threshold: least score of a box of torchvision or `onnx`.
     """
 
     boxes: str = "whole"
@@ -158,13 +158,15 @@ def _keys(
 def _boxes_of(video: AnyVideo, path: str, options: Options) -> tuple[list[float], BoxesAt]:
     """Times of key frames, and what tells the boxes of each."""
     name = options.boxes
-    if name not in ("whole", "people") and not name.startswith("onnx:"):
+    if name not in ("whole", "people", "torchvision") and not name.startswith("onnx:"):
         listed = _listed(name, path)
         return sorted(listed), lambda time: listed[time]
     if name == "whole":
         find = people.whole
     elif name == "people":
         find = people.opencv()
+    elif name == "torchvision":
+        find = people.torchvision(options.threshold)
     else:
         find = people.onnx(name.removeprefix("onnx:"), options.threshold)
     times = key_times(_seconds(video), options.every)

@@ -50,6 +50,27 @@ def opencv() -> Find:
     return find
 
 
+def torchvision(threshold: float) -> Find:
+    """Torchvision's Faster R-CNN of COCO, whose first class is people; downloads its weights once.
+
+    Raises:
+        UserError: torchvision is not installed.
+    """
+    torch, detectors = _module("torch", "torch"), _module("torchvision.models.detection", "torch")
+    model = detectors.fasterrcnn_resnet50_fpn(weights="DEFAULT").eval()
+
+    def find(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with torch.no_grad():
+            pixels = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1))).float() / 255
+            found = {name: np.asarray(value) for name, value in model([pixels])[0].items()}
+        kept = (found["labels"] == 1) & (found["scores"] >= threshold)
+        height, width = frame.shape[:2]
+        size = np.array([width, height, width, height], np.float32)
+        return best(np.clip(found["boxes"][kept] / size, 0, 1), found["scores"][kept])
+
+    return find
+
+
 def onnx(path: str, threshold: float) -> Find:
     """A detector of one's own: an ONNX file that answers as YOLO models do, the first class being people.
 
