@@ -13,7 +13,7 @@ from conftest import load_config, mesh_of, task_of
 from flax import nnx
 
 import videomae_jax as vm
-from videomae_jax.apps import score_detections
+from videomae_jax.apps import predict, reconstruct, score_detections
 from videomae_jax.config import UserError
 from videomae_jax.data import decode, scenes
 from videomae_jax.data.sources import SourceError
@@ -268,5 +268,12 @@ def test_weights_that_cannot_be_tested(trained, boxed, tmp_path):
         table.evaluate_weights(config, tmp_path / "out", str(trained[0]), weights.Hints())
     with pytest.raises(UserError, match="takes none of --classes"):
         table.evaluate_weights(config, tmp_path / "out", str(trained[0]), weights.Hints(stride=3))
+    with pytest.raises(UserError, match="holds a detector, which reconstructs nothing"):
+        how = {"statistics": "", "mask": "tube", "mask_ratio": 0.5, "start": 0.0, "seed": 0}
+        reconstruct.run("x", str(trained[0]), str(tmp_path / "x.gif"), **how, hints=weights.Hints())
+    with pytest.raises(UserError, match="holds a detector, which looks at boxes"):
+        predict.run(
+            [str(boxed / "videos" / "test_000000.mp4")], str(trained[0]), "", predict.Options(), print
+        )
     with pytest.raises(ValueError, match="PyTorch layouts have no detector"):
         vm.export_torch(vm.load(trained[0]), tmp_path / "hf")

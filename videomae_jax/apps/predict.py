@@ -17,6 +17,7 @@ from videomae_jax.data import pipeline
 from videomae_jax.evaluation import classification
 from videomae_jax.hosts import Lock
 from videomae_jax.interop import weights
+from videomae_jax.models.detector import ActionDetector
 from videomae_jax.models.heads import VideoClassifier
 from videomae_jax.storage import Place
 
@@ -62,6 +63,8 @@ def run(
         videos.make_room(target)
     named = videos.find(paths, options.split)
     model = weights.read(checkpoint, options.hints)
+    if isinstance(model, ActionDetector):
+        raise UserError(f"{checkpoint} holds a detector, which looks at boxes: use the command detect")
     if not isinstance(model, VideoClassifier):
         raise UserError(
             f"{checkpoint} holds a pretraining model, which has no classes: finetune it first, or use embed"

@@ -17,6 +17,7 @@ from videomae_jax.data import augment, decode, sampling
 from videomae_jax.evaluation import classification, reconstruction
 from videomae_jax.interop import weights
 from videomae_jax.models import masking, tubelets
+from videomae_jax.models.detector import ActionDetector
 from videomae_jax.models.mae import VideoMAE
 from videomae_jax.storage import Place
 
@@ -229,17 +230,16 @@ def run(
     if hints.stride == 0 or mask_ratio < 0 or not mask_ratio < 1:
         raise UserError("--stride must be at least 1 and --mask_ratio between 0 and 1")
     videos.make_room(path)
+    model = weights.read(checkpoint, hints)
+    if not isinstance(model, VideoMAE):
+        kind = "detector" if isinstance(model, ActionDetector) else "classifier"
+        raise UserError(f"{checkpoint} holds a {kind}, which reconstructs nothing: pass a pretraining model")
     recipe = {"normalize_target": True, **weights.read_recipe(checkpoint, hints)}
     given = {"mask": mask, "mask_ratio": mask_ratio}
     recipe |= {name: value for name, value in given.items() if value}
     missing = [name for name in (*given, "stride") if name not in recipe]
     if missing:
         raise UserError(f"{checkpoint} does not say how it was trained: give --{missing[0]}")
-    model = weights.read(checkpoint, hints)
-    if not isinstance(model, VideoMAE):
-        raise UserError(
-            f"{checkpoint} holds a classifier, which reconstructs nothing: pass a pretraining model"
-        )
     frames, height, width = model.config.clip_size
     with decode.Video(video) as opened:
         first, left = 0, opened.num_frames
