@@ -268,12 +268,11 @@ def test_weights_that_cannot_be_tested(trained, boxed, tmp_path):
         table.evaluate_weights(config, tmp_path / "out", str(trained[0]), weights.Hints())
     with pytest.raises(UserError, match="takes none of --classes"):
         table.evaluate_weights(config, tmp_path / "out", str(trained[0]), weights.Hints(stride=3))
+    how = {"statistics": "", "mask": "tube", "mask_ratio": 0.5, "start": 0.0, "seed": 0}
     with pytest.raises(UserError, match="holds a detector, which reconstructs nothing"):
-        how = {"statistics": "", "mask": "tube", "mask_ratio": 0.5, "start": 0.0, "seed": 0}
         reconstruct.run("x", str(trained[0]), str(tmp_path / "x.gif"), **how, hints=weights.Hints())
+    video = str(boxed / "videos" / "test_000000.mp4")
     with pytest.raises(UserError, match="holds a detector, which looks at boxes"):
-        predict.run(
-            [str(boxed / "videos" / "test_000000.mp4")], str(trained[0]), "", predict.Options(), print
-        )
+        predict.run([video], str(trained[0]), "", predict.Options(), print)
     with pytest.raises(ValueError, match="PyTorch layouts have no detector"):
         vm.export_torch(vm.load(trained[0]), tmp_path / "hf")
