@@ -24,6 +24,7 @@ from videomae_jax.models.detector import ActionDetector
 BoxesAt = Callable[[float], tuple[np.ndarray, np.ndarray]]
 """seconds -> (boxes in parts of the frame, how sure of each)"""
 
+_READABLE = 360  # least height of what is drawn on, pixels
 _LINKED = 0.3  # least overlap of two boxes, one key frame apart, of the same person
 
 
@@ -270,13 +271,15 @@ def _told(key: Key, names: tuple[str, ...], top: int) -> dict[str, Any]:
 def _drawn(
     video: AnyVideo, keys: list[Key], names: tuple[str, ...], options: Options
 ) -> Iterator[np.ndarray]:
-    """Every frame of even size, with the boxes where they are at its time."""
+    """Every frame with the boxes where they are at its time; of even size, and small ones larger."""
     first, rate = video.time_of(0), _rate(video)
+    times = -(-_READABLE // video.read([0])[0].shape[0])
     frames = video.each(range(video.num_frames))
     for index, frame in enumerate(tqdm.tqdm(frames, "drawing", video.num_frames, leave=False, disable=None)):
         shown = video.time_of(index)
         time = float(shown - first) if shown is not None and first is not None else index / float(rate)
         corners, texts, tracks = at(keys, time, names, options)
+        frame = frame.repeat(times, axis=0).repeat(times, axis=1)
         height, width = frame.shape[0] // 2 * 2, frame.shape[1] // 2 * 2
         yield annotate.draw_boxes(frame[:height, :width], corners, texts, tracks)
 
