@@ -66,6 +66,7 @@ def get_config(arg: str | None = None):
     c = config.defaults()
     c.task = "detect"
     c.data.path = arg.data
+    c.model.position_resize = "interpolate"  # test frames have other grids; as published
     c.optim.update(betas=(0.9, 0.999), warmup=5, min_lr=1e-6)
     c.evaluate.every, c.checkpoint.every = 10, 1
     if arg.normalise == "official":

@@ -312,3 +312,59 @@ def test_detections_that_are_refused(tmp_path):
         boxes.read_detections(str(tmp_path / "x.json"))
     with pytest.raises(SourceError, match=r"are .csv, .json, .pkl files"):
         boxes.read_detections(str(tmp_path / "x.txt"))
+
+
+def test_what_counts_and_what_is_excluded_goes_with_prepared_data(tmp_path):
+    (tmp_path / "own").mkdir()
+    path = own(tmp_path / "own", "a,1.5,0.1,0.1,0.5,0.5,1,7\na,0.5,0.1,0.1,0.5,0.5,2,7\na,2\n")
+    (tmp_path / "own" / "scored.csv").write_text("2,sit\n")
+    (tmp_path / "own" / "excluded_train.csv").write_text("a,0.5\n")
+    (tmp_path / "own" / "detected_train.csv").write_text(
+        "a,1.5,0,0,1,1,,0.7\na,2,-0.1,0,0.5,1.0003,,0.9\na,2,1,0,1.5,1,,0.9\n"
+    )
+    prepare.run(path, str(tmp_path / "out"), prepare.Options(dataset="boxes", processes=1, short_side=32))
+    for folder in (path, str(tmp_path / "out")):
+        source = scenes.open_scenes(folder, "train")
+        assert source.scored == (1,)
+        assert source.excluded == {"a,500"}
+        found = scenes.detected(source, scenes.detected_file(folder, "train"), 0.6)
+        assert found.ids == ("a,1500", "a,2000")  # nobody is annotated at 2 s: what is found there is wrong
+        np.testing.assert_allclose(found.scenes[1].corners, [[0, 0, 0.5, 1]])
+
+
+def test_key_frames_that_were_not_prepared_are_said(tmp_path):
+    (tmp_path / "own").mkdir()
+    path = own(tmp_path / "own", "a,1.5,0.1,0.1,0.5,0.5,1\nb,1,0.1,0.1,0.5,0.5,2\n", videos=("a", "b"))
+    (tmp_path / "own" / "videos" / "b.mp4").write_bytes(b"nothing")
+    how = prepare.Options(dataset="boxes", processes=1, short_side=32, max_failed=0.5)
+    prepare.run(path, str(tmp_path / "out"), how)
+    source = scenes.open_scenes(str(tmp_path / "out"), "train")
+    assert source.missing == 1
+    assert "1 key frames are not among the prepared ones" in source.notes[0]
+
+
+@pytest.mark.parametrize("rate", [10, 25, 30, 24])
+def test_the_key_frame_is_the_same_one_in_prepared_data(tmp_path, rate):
+    (tmp_path / "own").mkdir()
+    path = own(tmp_path / "own", "a,2,0.1,0.1,0.5,0.5,1\na,0.7,0.1,0.1,0.5,0.5,2\na,3,0,0,1,1,1\n")
+    grey = (np.arange(5 * rate) % 16 * 15).astype(np.uint8)
+    frames = np.broadcast_to(grey[:, None, None, None], (5 * rate, 32, 48, 3))
+    decode.write_video(tmp_path / "own" / "videos" / "a.mp4", frames, rate, crf=1)
+    prepare.run(path, str(tmp_path / "out"), prepare.Options(dataset="boxes", processes=1, short_side=32))
+    plain, stored = (scenes.open_scenes(folder, "train") for folder in (path, str(tmp_path / "out")))
+    for place in range(3):
+        shown = []
+        for source in (plain, stored):
+            made = detection_clips.KeyView(1, 1, (32, 48), 1, 2).map((0, source[place]))
+            shown.append(made["video"].astype(int).mean())
+        assert abs(shown[0] - shown[1]) < 7, place
+
+
+def test_lists_as_spreadsheets_write_them(tmp_path):
+    path = own(tmp_path, "\ufeffa,1.5,0.1,0.1,0.5,0.5,1\r\n", classes="\ufeff1,run\r\n2,sit\r\n")
+    assert scenes.open_scenes(path, "train").classes == ("run", "sit")
+    with pytest.raises(SourceError, match="a name stands there twice"):
+        scenes.open_scenes(own(tmp_path, classes="1,run\n2,run\n"), "train")
+    own(tmp_path, "a,1,0.1,0.1,0.5,0.5,7\n", classes="3,run\n7,sit\n")
+    with pytest.raises(SourceError, match="number the classes from 1 on"):
+        prepare.run(path, str(tmp_path / "out"), prepare.Options(dataset="boxes", processes=1))

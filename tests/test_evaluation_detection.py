@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from videomae_jax.apps import score_detections
 from videomae_jax.config import UserError
-from videomae_jax.data import boxes
+from videomae_jax.data import boxes, scenes
 from videomae_jax.data.sources import SourceError
 from videomae_jax.evaluation import detection
 from videomae_jax.evaluation.detection import Boxes
@@ -34,6 +34,7 @@ def test_equals_the_official_evaluator(official, tmp_path):
     classes, out = tmp_path / "classes.csv", tmp_path / "ava.json"
     ids = json.loads((official / "ava_evaluated_class_ids.json").read_text())
     classes.write_text("\n".join(f"{i},action {i}" for i in ids))
+    assert scenes._SCORED["ava"] == set(ids)
     files = [str(official / name) for name in ("ava_groundtruth.csv", "ava_detections.csv")]
     found = score_detections.run(*files, str(classes), "", str(out))
     expected = json.loads((official / "ava_expected.json").read_text())

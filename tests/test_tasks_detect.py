@@ -118,6 +118,32 @@ def test_boxes_of_a_detector_are_tested_where_there_are_some(trained, boxed, tmp
     assert again["mAP"] != found["mAP"]
 
 
+def test_detected_boxes_of_validation_are_tested_where_there_is_no_test_part(trained, boxed, tmp_path):
+    folder, _ = trained
+    shutil.copytree(boxed, tmp_path / "data")
+    (tmp_path / "data" / "test.csv").unlink()
+    truth = scenes.open_scenes(str(boxed), "validation")
+    left, top, right, bottom = truth.scenes[0].corners[0]
+    row = f"{truth.ids[0].partition(',')[0]},{truth.scenes[0].time},{left},{top},{right},{bottom},,0.9\n"
+    (tmp_path / "data" / "detected_validation.csv").write_text(row)
+    config = settings_of(tmp_path / "data")
+    found = table.evaluate_weights(config, tmp_path / "out", str(folder), weights.Hints())
+    assert (found["boxes"], found["key_frames"]) == ("detected", 1)
+    (tmp_path / "data" / "scored.csv").write_text("9,grow\n")
+    again = table.evaluate_weights(config, tmp_path / "out", str(folder), weights.Hints())
+    assert set(again["classes"]) == {"grow"}
+    (tmp_path / "data" / "detected_validation.csv").write_text("nobody,1,0,0,1,1,,0.9\n")
+    with pytest.raises(SourceError, match=r"none of score 0.8 or more of these videos"):
+        table.train(config, tmp_path / "new", time.time())  # before any work
+
+
+def test_another_normalisation_starts_from_weights_too(tmp_path):
+    config = DetectorConfig(**SHARED | {"pixel_mean": (0.4,) * 3}, classes=("run", "sit"))
+    vm.save(mae.VideoMAE(mae.VideoMAEConfig(**SHARED, decoder=None), rngs=nnx.Rngs(2)), tmp_path / "mae")
+    names = list(flat(ActionDetector(config, rngs=nnx.Rngs(1))))
+    assert transfer.read(tmp_path / "mae", config, names).fresh == ["head/bias", "head/kernel"]
+
+
 def test_key_frames_that_cannot_be_decoded(trained, boxed, tmp_path):
     folder, _ = trained
     shutil.copytree(boxed, tmp_path / "data")

@@ -25,7 +25,8 @@ def draw_boxes(
     font = ImageFont.load_default(max(10, round(height / 26)))
     for (left, top, right, bottom), text, number in zip(boxes, texts, colours, strict=True):
         colour = _COLOURS[number % len(_COLOURS)]
-        corners = (left * width, top * height, right * width - 1, bottom * height - 1)
+        corners = (left * width, top * height, max(right * width - 1, left * width), 0.0)
+        corners = (*corners[:3], max(bottom * height - 1, top * height))
         pen.rectangle(corners, outline=colour, width=max(1, round(height / 180)))
         around = pen.multiline_textbbox((corners[0] + 3, corners[1] + 2), text, font=font)
         x = min(0, width - 2 - around[2])  # moved in where it would pass the right edge

@@ -96,15 +96,15 @@ def run(path: str, checkpoint: str, out: str, options: Options) -> dict[str, Any
         lost = np.concatenate([key.scores for key in keys if len(key.corners)])
         classification.check_finite(lost, [path] * len(lost), checkpoint)
         names = model.config.classes
+        result = {
+            "video": path,
+            "checkpoint": checkpoint,
+            "boxes": options.boxes,
+            "key_frames": [_told(key, names, options.top) for key in keys],
+        }
+        storage.write_text(target.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
         with storage.output(target) as file:
             decode.write_video(file, _drawn(video, keys, names, options), _rate(video))
-    result = {
-        "video": path,
-        "checkpoint": checkpoint,
-        "boxes": options.boxes,
-        "key_frames": [_told(key, names, options.top) for key in keys],
-    }
-    storage.write_text(target.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
     count = sum(len(key.corners) for key in keys)
     people_seen = len({track for key in keys for track in key.tracks})
     print(f"{out}: {len(keys)} key frames, {count} boxes of {people_seen} tracks, and {target.stem}.json")
@@ -209,7 +209,8 @@ def _listed(file: str, path: str) -> dict[float, tuple[np.ndarray, np.ndarray]]:
     for row in ours:
         scenes.check_box(file, row)
         assert row.corners
-        found.setdefault(row.frame[1] / 1000, {})[row.corners] = row.extra
+        sure = row.extra if 0 <= row.extra <= 1 else 1.0  # else a person's number
+        found.setdefault(row.time, {})[row.corners] = sure
     return {
         time: (np.array(list(each), np.float32), np.array(list(each.values()), np.float32))
         for time, each in found.items()

@@ -12,6 +12,7 @@ from videomae_jax.evaluation import detection
 Find = Callable[[np.ndarray], tuple[Float[np.ndarray, "R 4"], Float[np.ndarray, " R"]]]
 """uint8 RGB [H, W, 3] -> (boxes in parts of the frame, how sure of each)"""
 
+_CHOSEN = 1000  # boxes at most of models that choose by themselves
 _OVERLAP = 0.5  # of two boxes that are one person's
 
 
@@ -76,7 +77,7 @@ def onnx(path: str, threshold: float) -> Find:
 
     It takes RGB [1, 3, S, S] in 0..1, the frame in the upper left; it gives centre, width and height in those
     pixels and then scores of classes, [1, 4 + K, N] (YOLOv8 and later) or, with a score of being anything
-    first, [1, N, 5 + K] (YOLOv5).
+    first, [1, N, 5 + K] (YOLOv5); or corners, score and class of the boxes it chose, [1, N, 6], N <= 1,000.
 
     Raises:
         UserError: onnxruntime is not installed, or a file that it does not take.
@@ -102,6 +103,9 @@ def onnx(path: str, threshold: float) -> Find:
         answer = np.asarray(session.run(None, {source.name: pixels})[0])
         if answer.ndim != 3 or min(answer.shape[1:]) < 5:
             raise UserError(f"--boxes=onnx:{path} answers {list(answer.shape)}: not as YOLO models do")
+        if answer.shape[2] == 6 and answer.shape[1] <= _CHOSEN:  # corners, score, class: chosen already
+            rows = answer[0][(answer[0][:, 5] == 0) & (answer[0][:, 4] >= threshold)]
+            return best(np.clip(rows[:, :4] / np.array([*size, *size], np.float32), 0, 1), rows[:, 4])
         rows = answer[0].T if answer.shape[1] < answer.shape[2] else answer[0]
         sure = rows[:, 4] if answer.shape[1] < answer.shape[2] else rows[:, 4] * rows[:, 5]
         rows, sure = rows[sure >= threshold], sure[sure >= threshold]

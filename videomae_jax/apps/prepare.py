@@ -65,6 +65,10 @@ def run(source: str, folder: str, options: Options) -> None:
             flush=True,
         )
         manifest = prepare.run(job, processes, part, **how)
+    if options.dataset == "boxes":
+        for file in epath.Path(source).iterdir():
+            if re.fullmatch(r"(excluded|detected)_\w+\.(csv|json|pkl)|scored\.csv", file.name):
+                storage.at(folder).joinpath(file.name).write_bytes(file.read_bytes())
     if manifest is None:
         print(f"part {options.part} of {folder} is written; --finish ends the work when all parts are")
         return
@@ -97,6 +101,8 @@ def _job(source: str, folder: str, options: Options) -> prepare.Job:
         raise UserError(
             f"--head={options.head} is for lists of one's own, not for --dataset={options.dataset}"
         )
+    elif options.dataset == "boxes" and options.videos:
+        raise UserError("--dataset=boxes finds its videos in FOLDER/videos: leave --videos out")
     else:
         collection = BUILDERS[options.dataset](where, videos)
     form = transcode.Form(options.codec, options.short_side)

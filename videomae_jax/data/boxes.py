@@ -9,7 +9,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -56,7 +56,7 @@ def read_rows(path: str, needs_action: bool = True) -> list[Row]:
 
 def _lines(path: str) -> Iterator[tuple[int, list[str]]]:
     try:
-        text = epath.Path(path).read_text(encoding="utf-8")
+        text = epath.Path(path).read_text(encoding="utf-8").removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read ({error}): pass a CSV file") from None
     for number, fields in enumerate(csv.reader(text.splitlines()), 1):
@@ -134,7 +134,7 @@ def _of_alphaction(file: epath.Path) -> Iterator[Row]:
         left, top, wide, high = box["bbox"]
         size = image["width"], image["height"]
         corners = (left / size[0], top / size[1], (left + wide) / size[0], (top + high) / size[1])
-        yield _inside(image["movie"], float(image["timestamp"]), corners, float(box["score"]), place)
+        yield Row(image["movie"], float(image["timestamp"]), corners, -1, float(box["score"]), place)
 
 
 def _of_mmaction(path: str) -> Iterator[Row]:
@@ -142,13 +142,15 @@ def _of_mmaction(path: str) -> Iterator[Row]:
         found = _Arrays(file).load()
     for place, (frame, table) in enumerate(found.items(), 1):
         video, _, second = frame.rpartition(",")
-        for *corners, score in np.asarray(table, float).reshape(-1, 5):
-            yield _inside(video, float(second), corners, float(score), place)
+        for left, top, right, bottom, score in np.asarray(table, float).reshape(-1, 5).tolist():
+            yield Row(video, float(second), (left, top, right, bottom), -1, score, place)
 
 
-def _inside(video: str, time: float, corners: Sequence[float], score: float, place: int) -> Row:
-    left, top, right, bottom = (min(max(float(x), 0.0), 1.0) for x in corners)
-    return Row(video, time, (left, top, right, bottom), -1, score, place)
+def inside(row: Row) -> Row | None:
+    """A box that a detector found, cut to the frame; None if nothing is left of it."""
+    assert row.corners
+    left, top, right, bottom = (min(max(x, 0.0), 1.0) for x in row.corners)
+    return row._replace(corners=(left, top, right, bottom)) if left < right and top < bottom else None
 
 
 class _Arrays(pickle.Unpickler):
@@ -191,7 +193,7 @@ def read_actions(path: str) -> dict[int, str]:
         SourceError: nothing like it, or a number that stands there twice.
     """
     try:
-        text = epath.Path(path).read_text(encoding="utf-8")
+        text = epath.Path(path).read_text(encoding="utf-8").removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read ({error}): pass a list of classes") from None
     pairs: list[tuple[str, str]] = []
@@ -211,4 +213,6 @@ def read_actions(path: str) -> dict[int, str]:
     actions = {int(number): name.strip() for number, name in pairs}
     if not actions or len(actions) < len(pairs):
         raise SourceError(f"{path}: {'a number stands there twice' if pairs else 'no class in it'}")
+    if len(set(actions.values())) < len(actions):
+        raise SourceError(f"{path}: a name stands there twice")
     return actions

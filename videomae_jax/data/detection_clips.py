@@ -1,7 +1,6 @@
 """Key frames to clips with boxes: training as published for AVA, and tests in sizes of whole tubelets."""
 
 import dataclasses
-import fractions
 from typing import Any
 
 import grain
@@ -139,10 +138,12 @@ def around(video: AnyVideo, seconds: float, frames: int, stride: int) -> np.ndar
         DecodeError: the video ends before it, or cannot be read.
     """
     first, last = video.time_of(0), video.time_of(video.num_frames - 1)
-    if first is not None and last is not None and seconds > last - first + fractions.Fraction(1, 10):
+    late = max(0.1, 1 / video.fps if video.fps else 0.0)
+    if first is not None and last is not None and seconds > last - first + late:
         length = float(last - first)
         raise DecodeError(f"{video.name}: has no frame at {seconds:g} s, its last one is at {length:.2f} s")
-    return video.read(sampling.key_clip(video.num_frames, video.index_at(seconds), frames, stride))
+    key = video.index_at(seconds + 1e-3)  # times in files are rounded
+    return video.read(sampling.key_clip(video.num_frames, key, frames, stride))
 
 
 def shortened(frames: np.ndarray, corners: np.ndarray, short: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,15 +6,18 @@
     FOLDER/detected_validation.csv, detected_test.csv    boxes that a detector found (optional); .json and
                                           .pkl too, see `boxes.read_detections`
     FOLDER/excluded_validation.csv, excluded_test.csv    video,time that do not count (optional)
+    FOLDER/scored.csv                     the classes that count in tests, where not all do (AVA: 60 of 80)
 
 This is AVA's form; times are seconds into the file. What `prepare --dataset=ava` and `--dataset=boxes` write
 has the same lists, and in place of videos/ a record of `CLIP_SECONDS` around each key frame.
 """
 
 import collections
+import csv
 import dataclasses
 import functools
 import hashlib
+import io
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +30,9 @@ from videomae_jax.data.decode import DecodeError
 from videomae_jax.data.sources import Record, Source, SourceError
 
 PARTS = ("train", "validation", "test")
+# Of AVA's 80 actions the official metric takes those that occur often enough.
+_LEFT_OUT = {2, 16, 18, 19, 21, 23, 25, 31, 32, 33, 35, 39, 40, 42, 44, 50, 53, 55, 71, 75}
+_SCORED = dict.fromkeys(("ava", "ava_kinetics"), set(range(1, 81)) - _LEFT_OUT)
 CLIP_SECONDS = 3.0
 """Length of a prepared clip, its key frame in the middle: 64 frames of 24 to 30 per second, and some."""
 
@@ -61,6 +67,8 @@ class SceneSource(Source):
         scenes: what is known of each.
         files: path of each video, by name; of prepared data there are none, but `stored`.
         numbers: number of each class in the files, in order.
+        scored: places of the classes that count in tests (scored.csv); (): all.
+        missing: key frames of the list that prepared data lacks.
         excluded: ids that do not count.
         stored: records of prepared data; `places` are those of the key frames among them.
     """
@@ -68,6 +76,8 @@ class SceneSource(Source):
     scenes: tuple[Scene, ...] = ()
     files: tuple[tuple[str, str], ...] = ()
     numbers: tuple[int, ...] = ()
+    scored: tuple[int, ...] = ()
+    missing: int = 0
     excluded: frozenset[str] = frozenset()
     stored: prepared.PreparedSource | None = None
     places: tuple[int, ...] = ()
@@ -81,10 +91,22 @@ class SceneSource(Source):
         name, scene = self.ids[index], self.scenes[index]
         if self.stored is not None:
             record = self.stored[self.places[index]]
-            scene = scene._replace(time=min(scene.time, CLIP_SECONDS / 2))
+            scene = scene._replace(time=self._stored_time(index))
             return {**record, "name": name, "label": -1, "record": index, "scene": scene}
         video = self._paths[name.rpartition(",")[0]]
         return {"video": video, "name": name, "label": -1, "record": index, "error": "", "scene": scene}
+
+    def _stored_time(self, index: int) -> float:
+        """When a key frame is on show in its record, which begins with the frame on show `CLIP_SECONDS / 2`
+        before: up to a frame earlier.
+        """
+        assert self.stored is not None
+        time, rate = self.scenes[index].time, self._rates[self.stored.ids[self.places[index]]]
+        return time if time < CLIP_SECONDS / 2 else CLIP_SECONDS / 2 + (0.9 / rate if rate else 0.0)
+
+    @functools.cached_property
+    def _rates(self) -> dict[str, float]:
+        return {row["id"]: float(row["fps"]) for row in prepared.read_rows(self.root)}
 
     def select(self, indices) -> "SceneSource":
         """The key frames at `indices`, in that order."""
@@ -104,8 +126,7 @@ class SceneSource(Source):
         sizes: dict[str, tuple[int, int]] = {}
         for name, path in self.files:
             try:
-                with reading.open_video(path, name) as video:
-                    sizes[name] = video.read([0])[0].shape[:2]
+                sizes[name] = reading.patiently(lambda path=path: _size(path))
             except DecodeError:
                 sizes[name] = (0, 0)
         return [sizes[name.rpartition(",")[0]] for name in self.ids]
@@ -118,6 +139,11 @@ class SceneSource(Source):
         return digest.hexdigest()[:16]
 
 
+def _size(path: str) -> tuple[int, int]:
+    with reading.open_video(path) as video:
+        return video.read([0])[0].shape[:2]
+
+
 def id_of(frame: tuple[str, int]) -> str:
     """The id of a frame (video, milliseconds)."""
     return f"{frame[0]},{frame[1]}"
@@ -125,7 +151,7 @@ def id_of(frame: tuple[str, int]) -> str:
 
 def record_id(frame: tuple[str, int]) -> str:
     """The id of a prepared record of a frame."""
-    return f"{frame[0]}/{frame[1] / 1000:g}"
+    return f"{frame[0]}/{frame[1] / 1000:.10g}"
 
 
 def has_boxes(path: str) -> bool:
@@ -164,15 +190,16 @@ def open_scenes(path: str, part: str) -> SceneSource:
     if not rows:
         raise SourceError(f"{file} has no box in it")
     stored = prepared.open_prepared(path, part) if prepared.is_prepared(path) else None
-    videos = {} if stored else _find_videos(folder, file, rows)
+    videos = {} if stored is not None else _find_videos(folder, file, rows)
     # A box of several actions stands there once for each.
     frames: dict[tuple[str, int], dict[tuple, set[int]]] = {}
     for row in rows:
         who = (row.corners, row.extra)
         frames.setdefault(row.frame, {}).setdefault(who, set()).add(place[row.action])
-    place_of = {name: i for i, name in enumerate(stored.ids)} if stored else {}
-    # Of prepared data some may be missing: what could not be decoded then.
-    kept = [frame for frame in sorted(frames) if not stored or record_id(frame) in place_of]
+    place_of = {name: i for i, name in enumerate(stored.ids)} if stored is not None else {}
+    kept = [frame for frame in sorted(frames) if stored is None or record_id(frame) in place_of]
+    missing = len(frames) - len(kept)
+    scored = folder / "scored.csv"
     scenes = tuple(
         Scene(
             frame[1] / 1000,
@@ -193,7 +220,10 @@ def open_scenes(path: str, part: str) -> SceneSource:
         numbers=numbers,
         excluded=frozenset(map(id_of, boxes.read_frames(str(excluded)) if excluded.is_file() else ())),
         stored=stored,
-        places=tuple(place_of[record_id(frame)] for frame in kept) if stored else (),
+        places=tuple(place_of[record_id(frame)] for frame in kept) if stored is not None else (),
+        scored=_places(scored, place) if scored.is_file() else (),
+        missing=missing,
+        notes=(f"{file}: {missing} key frames are not among the prepared ones: left out",) if missing else (),
     )
 
 
@@ -216,20 +246,24 @@ def lists(collection: Collection) -> dict[str, str]:
     """The lists of a collection of key frames, by file name, for its prepared folder; of others none."""
     if "boxes" not in collection.extra:
         return {}
-    numbers = "".join(f"{i},{name}\n" for i, name in enumerate(collection.classes, 1))
-    found = {"classes.csv": numbers}
+    numbered = [(i, name) for i, name in enumerate(collection.classes, 1)]
+    found = {"classes.csv": "".join(f"{i},{name}\n" for i, name in numbered)}
+    if collection.name in _SCORED:
+        scored = [(i, name) for i, name in numbered if i in _SCORED[collection.name]]
+        found["scored.csv"] = "".join(f"{i},{name}\n" for i, name in scored)
     for part, entries in collection.splits.items():
-        lines = []
+        lines = io.StringIO()
+        table = csv.writer(lines, lineterminator="\n")
         for entry in entries:
             video, _, second = entry.id.rpartition("/")
             each = zip(*(entry.extra[name] for name in ("boxes", "actions", "persons")), strict=True)
             rows = [
-                f"{video},{second},{','.join(map(repr, corners))},{action + 1},{person}\n"
+                (video, second, *map(repr, corners), action + 1, person)
                 for corners, marks, person in each
                 for action in np.flatnonzero(marks)
             ]
-            lines += rows or [f"{video},{second}\n"]
-        found[f"{part}.csv"] = "".join(lines)
+            table.writerows(rows or [(video, second)])
+        found[f"{part}.csv"] = lines.getvalue()
     return found
 
 
@@ -249,13 +283,12 @@ def detected(source: SceneSource, file: str, threshold: float) -> SceneSource:
     """
     found: dict[tuple[str, int], list[Row]] = collections.defaultdict(list)
     known = {name.rpartition(",")[0] for name in source.ids}
-    place_of = {name: i for i, name in enumerate(source.stored.ids)} if source.stored else {}
+    place_of = {name: i for i, name in enumerate(source.stored.ids)} if source.stored is not None else {}
     rows = [row for row in boxes.read_detections(file) if row.corners]
     for row in rows:
-        is_stored = not source.stored or record_id(row.frame) in place_of
-        if row.extra >= threshold and row.video in known and is_stored:
-            check_box(file, row)
-            found[row.frame].append(row)
+        is_stored = source.stored is None or record_id(row.frame) in place_of
+        if row.extra >= threshold and row.video in known and is_stored and (inside := boxes.inside(row)):
+            found[row.frame].append(inside)
     if not found:
         best = max((row.extra for row in rows), default=None)
         why = "no box in it" if best is None else f"none of score {threshold:g} or more of these videos"
@@ -273,7 +306,7 @@ def detected(source: SceneSource, file: str, threshold: float) -> SceneSource:
         )
         for frame in kept
     )
-    places = tuple(place_of[record_id(frame)] for frame in kept) if source.stored else ()
+    places = tuple(place_of[record_id(frame)] for frame in kept) if source.stored is not None else ()
     ids = tuple(map(id_of, kept))
     return dataclasses.replace(source, ids=ids, labels=(-1,) * len(ids), scenes=scenes, places=places)
 
@@ -293,6 +326,15 @@ def hold_out(source: SceneSource) -> tuple[SceneSource, SceneSource]:
 
 def _hash(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
+
+
+def _places(file: epath.Path, place: dict[int, int]) -> tuple[int, ...]:
+    """The places of the classes that a list names."""
+    numbers = boxes.read_actions(str(file))
+    unknown = sorted(set(numbers) - set(place))
+    if unknown:
+        raise SourceError(f"{file}: action {unknown[0]} is not in the class list")
+    return tuple(place[number] for number in sorted(numbers))
 
 
 def _class_list(folder: epath.Path) -> epath.Path | None:

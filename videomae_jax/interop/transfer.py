@@ -14,7 +14,7 @@ from videomae_jax.models.detector import DetectorConfig
 from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.mae import VideoMAEConfig
 
-_SAME = ("tubelet", "encoder", "pixel_mean", "pixel_std")
+_SAME = ("tubelet", "encoder", "pixel_mean", "pixel_std")  # AVA's code has a normalisation of its own
 
 
 class TransferError(ValueError):
@@ -58,7 +58,7 @@ def read(path: str | os.PathLike, config: ClassifierConfig | DetectorConfig, nam
     theirs = model.config
     differences = [
         f"{name}: {_plain(getattr(theirs, name))} there, {_plain(getattr(config, name))} here"
-        for name in _SAME
+        for name in (_SAME[:2] if isinstance(config, DetectorConfig) else _SAME)
         if getattr(theirs, name) != getattr(config, name)
     ]
     if differences:

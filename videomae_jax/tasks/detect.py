@@ -197,7 +197,7 @@ class Detect(Task[DetectorConfig]):
                 f"{run.workdir / 'best'}: lower optim.lr or set optim.clip_norm, in another --workdir"
             )
         best: Any = nnx.to_pure_dict(nnx.state(export.load(run.workdir / "best"), nnx.Param))
-        tester = self.tester(run.config, run.videos.test, run.mesh, "test")
+        tester = self.tester(run.config, run.videos.test, run.mesh, tested_part(run.videos.test))
         found = tester.run(jax.device_get(best))
         return {"test": detections.write(run.workdir, found, run.config, str(run.workdir / "best"))}
 
@@ -231,7 +231,7 @@ def evaluate(config: Config, workdir: Place, checkpoint: str) -> dict[str, Any]:
     if trouble := storage.trouble(storage.at(workdir)):
         raise UserError(f"{trouble}: choose another --workdir")
     params: Any = nnx.to_pure_dict(nnx.state(export.load(path), nnx.Param))
-    tester = task.tester(config, videos.test, compute.make_mesh(config), "test")
+    tester = task.tester(config, videos.test, compute.make_mesh(config), tested_part(videos.test))
     return detections.write(workdir, tester.run(jax.device_get(params)), config, path)
 
 
@@ -259,7 +259,19 @@ def open_videos(config: Config) -> Splits:
         train, validation = scenes.hold_out(train)
         report.say(f"{path} has no validation.csv: {len(validation)} key frames of training videos validate")
     test = scenes.open_scenes(path, "test") if scenes.has_part(path, "test") else validation
+    for source in (train, validation, test):
+        for note in source.notes:
+            report.say(note)
+    for part in {"validation", tested_part(test)}:  # before any work
+        if file := scenes.detected_file(path, part):
+            source = validation if part == "validation" else test
+            scenes.detected(source, file, config.detect.threshold)
     return Splits(train, validation, test)
+
+
+def tested_part(test: Source) -> str:
+    """What the key frames that are tested at the end are called in the folder."""
+    return "test" if scenes.has_part(test.root, "test") else "validation"
 
 
 def make(config: Config, train: Source | None, path: str) -> Detect:

@@ -1,9 +1,10 @@
 """Detections of a part, each key frame once whatever the batches and hosts, and what comes of them."""
 
 import collections
+import csv
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +82,8 @@ class Found:
             corners = scene.corners.astype(np.float64).repeat(each, axis=0)
             parts.append(Boxes(np.full(len(actions), number[name]), corners, actions, np.ones(len(actions))))
         truth, found = (boxes.of(~np.isin(boxes.frames, skipped)) for boxes in (_joined(parts), self.boxes))
-        return detection.average_precisions(truth, found, np.arange(len(self.truth.classes)))
+        scored = self.truth.scored or range(len(self.truth.classes))
+        return detection.average_precisions(truth, found, np.array(scored))
 
     def figures(self) -> dict[str, float]:
         """Frame-mAP at IoU 0.5; NaN if a score is not finite, so that such weights are never the best."""
@@ -127,7 +129,8 @@ class Tester:
     def _by_size(self) -> dict[tuple[int, int], list[int]]:
         """Places of the source by the size that their frames become."""
         sizes = collections.defaultdict(list)
-        for place, (height, width) in enumerate(self.source.frame_sizes()):
+        # As host 0 read them: all take the same batches.
+        for place, (height, width) in enumerate(hosts.gather(self.source.frame_sizes())[0]):
             if not height:  # it will be named when it is read
                 height = width = self.views.short
             size = detection_clips.whole_tubelets(height, width, self.views.short, self.views.patch)
@@ -205,6 +208,7 @@ def write(workdir: Place, found: Found, config: Config, path: str) -> dict[str, 
         "classes": {names[place]: value for place, value in precisions.items()},
         "key_frames": len(found.scores),
         "key_frames_failed": len(found.failed),
+        "key_frames_not_prepared": found.truth.missing,
         "failed": dict(sorted(found.failed.items())),
         "boxes": "annotated" if found.source is found.truth else "detected",
         "checkpoint": path,
@@ -215,21 +219,20 @@ def write(workdir: Place, found: Found, config: Config, path: str) -> dict[str, 
     if hosts.is_writer():
         workdir.mkdir(parents=True, exist_ok=True)
         report.write_json(workdir / "evaluation.json", result)
-        storage.write_text(workdir / "detections.csv", csv_of(found))
+        with storage.output(workdir / "detections.csv") as place, place.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows_of(found))
         with storage.output(workdir / "classes.png") as picture:
             annotate.draw_precisions(result["classes"]).save(picture)
     return result
 
 
-def csv_of(found: Found) -> str:
-    """All detections as AVA has them: video,time,left,top,right,bottom,action,score."""
-    names = []
-    for name in found.source.ids:
-        video, _, milliseconds = name.rpartition(",")
-        names.append(f"{video},{int(milliseconds) / 1000:.10g}")
-    return "".join(
-        f"{names[frame]},{left:.5f},{top:.5f},{right:.5f},{bottom:.5f},{found.truth.numbers[action]},{score:.5f}\n"
-        for frame, (left, top, right, bottom), action, score in zip(
-            *(column.tolist() for column in found.boxes), strict=True
-        )
-    )
+def rows_of(found: Found) -> Iterator[tuple[str, ...]]:
+    """All detections as AVA has them: video, time, left, top, right, bottom, action, score."""
+    numbers = found.truth.numbers
+    for place, scores in sorted(found.scores.items()):
+        video, _, milliseconds = found.source.ids[place].rpartition(",")
+        scene, time = found.source.scenes[place], f"{int(milliseconds) / 1000:.10g}"
+        for corners, sure, each in zip(scene.corners, scene.scores, scores, strict=True):
+            box = tuple(f"{x:.5f}" for x in corners)
+            for number, score in zip(numbers, each * sure, strict=True):
+                yield (video, time, *box, str(number), f"{score:.5f}")

@@ -72,6 +72,7 @@ def key_frames(
 ) -> dict[tuple[str, float], Boxes]:
     """(video, second) -> the boxes of a list of video,second,x1,y1,x2,y2,action,person."""
     frames: dict[tuple[str, float], Boxes] = {}
+    empty: list[str] = []
     for movie, second, x1, y1, x2, y2, action, person in rows:
         if (movie, float(second)) in excluded:
             continue
@@ -80,8 +81,14 @@ def key_frames(
             continue
         if not 1 <= int(action) <= _ACTIONS:
             raise SourceError(f"{file}: {movie}, second {second} has action {action}, of {_ACTIONS}")
-        key = (*(float(value) for value in (x1, y1, x2, y2)), float(person))
+        left, top, right, bottom = (min(max(float(value), 0.0), 1.0) for value in (x1, y1, x2, y2))
+        if left >= right or top >= bottom:  # dropped as published, but said
+            empty.append(f"{movie},{second}")
+            continue
+        key = (left, top, right, bottom, float(person))
         boxes.setdefault(key, [0] * _ACTIONS)[int(action) - 1] = 1
+    if empty:
+        print(f"{file}: {len(empty)} boxes without area are left out, the first of {empty[0]}", flush=True)
     return frames
 
 
@@ -94,7 +101,7 @@ def key_frame(movie: str, second: float, boxes: Boxes) -> Entry:
         "persons": [int(key[4]) for key in boxes],
     }
     return Entry(
-        id=f"{movie}/{second:g}",
+        id=f"{movie}/{second:.10g}",
         path="",
         seconds=(max(second - CLIP_SECONDS / 2, 0.0), second + CLIP_SECONDS / 2),
         extra=extra,

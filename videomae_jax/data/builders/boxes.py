@@ -8,6 +8,7 @@ from videomae_jax.data import boxes as files
 from videomae_jax.data import scenes
 from videomae_jax.data.builders.ava import Boxes, features, key_frame
 from videomae_jax.data.collection import Collection, Entry
+from videomae_jax.data.sources import SourceError
 
 
 def boxes(folder: epath.Path, _videos: epath.Path) -> Collection:
@@ -18,6 +19,8 @@ def boxes(folder: epath.Path, _videos: epath.Path) -> Collection:
     """
     path = str(folder)
     train = scenes.open_scenes(path, "train")
+    if train.numbers != tuple(range(1, len(train.numbers) + 1)):
+        raise SourceError(f"{folder}: number the classes from 1 on without gaps, so that they stay the same")
     parts = [part for part in scenes.PARTS if scenes.has_part(path, part)]
     splits = {part: _entries(path, part) for part in parts}
     return Collection("boxes", splits, train.classes, features(len(train.classes)))
@@ -28,6 +31,8 @@ def _entries(path: str, part: str) -> list[Entry]:
     places, numbers = dict(source.files), source.numbers
     frames: dict[tuple[str, int], Boxes] = {}
     for row in files.read_rows(str(epath.Path(path) / f"{part}.csv")):
+        if row.video in places:
+            frames.setdefault(row.frame, {})  # those without any box too
         if row.corners:
             marks = frames.setdefault(row.frame, {}).setdefault((*row.corners, row.extra), [0] * len(numbers))
             marks[numbers.index(row.action)] = 1
