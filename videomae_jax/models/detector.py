@@ -98,10 +98,7 @@ class ActionDetector(nnx.Module):
         layout: Layout = WHOLE,
         frozen: int = 0,
     ) -> Float[Array, "B N D"]:
-        c, (_, t, h, w, _) = self.config, pixels.shape
-        positions = jnp.asarray(c.positions(tubelets.grid_of((t, h, w), c.tubelet), c.encoder.width))[None]
-        tokens = self.encoder(tubelets.patchify(pixels, c.tubelet), positions, keys, layout, frozen)
-        return self.norm(tokens.astype(jnp.float32))
+        return self.norm(self.encoder(*self.encoder.cut(pixels), keys, layout, frozen).astype(jnp.float32))
 
     def logits(
         self, pixels: Float[Array, "B T H W C"], boxes: Float[Array, "B R 4"]

@@ -85,19 +85,10 @@ class VideoClassifier(nnx.Module):
         frozen: int = 0,
     ) -> tuple[Float[Array, "B D"], Float[Array, "L B D"]]:
         """As `pooled`, and the mean token that leaves each block, float32."""
-        tokens, layers = self.encoder.with_layers(*self._embedded(pixels), keys, layout, frozen)
+        tokens, layers = self.encoder.with_layers(*self.encoder.cut(pixels), keys, layout, frozen)
         tokens = tokens.astype(jnp.float32)
         pooled = self.norm(tokens.mean(axis=1) if self.config.pooling == "mean" else tokens[:, 0])
         return pooled, layers.astype(jnp.float32)
-
-    def _embedded(
-        self, pixels: Float[Array, "B T H W C"]
-    ) -> tuple[Float[Array, "B N P"], Float[Array, "1 N D"]]:
-        """Tubelets of clips, and their positions."""
-        _, t, h, w, _ = pixels.shape
-        grid = tubelets.grid_of((t, h, w), self.config.tubelet)
-        positions = jnp.asarray(self.config.positions(grid, self.config.encoder.width))[None]
-        return tubelets.patchify(pixels, self.config.tubelet), positions
 
     def _encode(
         self,
@@ -106,7 +97,7 @@ class VideoClassifier(nnx.Module):
         layout: Layout = WHOLE,
         frozen: int = 0,
     ) -> Float[Array, "B N D"]:
-        return self.encoder(*self._embedded(pixels), keys, layout, frozen).astype(jnp.float32)
+        return self.encoder(*self.encoder.cut(pixels), keys, layout, frozen).astype(jnp.float32)
 
     def tokens(self, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B N D"]:
         """Every token after the norm, float32; for use inside `jax.jit`."""

@@ -387,6 +387,12 @@ class Trunk(nnx.Module):
         x = self.embed(pixels, positions)
         return run_blocks(self.blocks, x, self.config.compute, self.config.drop_path, keys, layout, frozen)
 
+    def cut(self, pixels: Float[Array, "B T H W C"]) -> tuple[Float[Array, "B N P"], Float[Array, "1 N D"]]:
+        """Every tubelet of normalised clips, and their positions."""
+        c, (_, t, h, w, _) = self.config, pixels.shape
+        positions = jnp.asarray(c.positions(tubelets.grid_of((t, h, w), c.tubelet), c.encoder.width))
+        return tubelets.patchify(pixels, c.tubelet), positions[None]
+
     def with_layers(
         self,
         pixels: Float[Array, "B K P"],

@@ -1,11 +1,18 @@
 """What every method reads of the settings: the model below its head."""
 
+import math
 from typing import Any
 
+import numpy as np
+from flax.traverse_util import flatten_dict
+
 from videomae_jax.config import Config, UserError
-from videomae_jax.interop import weights
+from videomae_jax.interop import transfer, weights
 from videomae_jax.models import vit
+from videomae_jax.models.detector import DetectorConfig
+from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.mae import VideoMAEConfig
+from videomae_jax.training import report
 
 
 def fields(config: Config) -> dict[str, Any]:
@@ -50,3 +57,28 @@ def check_tensor(config: Config, model: vit.BackboneConfig) -> None:
                 f"mesh.tensor={config.mesh.tensor} does not divide model.{name}.num_heads={stack.num_heads}: "
                 f"each device takes whole heads"
             )
+
+
+def start(
+    config: Config, model: ClassifierConfig | DetectorConfig, names: list[str]
+) -> dict[str, np.ndarray]:
+    """What a classifier or detector takes of `init_from`, by the names of the state; see `transfer.read`."""
+    if not config.init_from:
+        return {}
+    ours = [name.removeprefix("params/") for name in names if name.startswith("params/")]
+    taken = transfer.read(config.init_from, model, ours)
+    report.say(f"starting from {config.init_from}: {taken}")
+    found: dict[str, Any] = flatten_dict(taken.params, sep="/")
+    return {f"params/{name}": value for name, value in found.items()}
+
+
+def adapted_flops(model: vit.BackboneConfig, frozen: int) -> float:
+    """Forward and backward pass of a clip of which every token is visible; see `vit.block_flops`.
+
+    What is frozen is computed once, forward; the gradient costs twice as much again.
+    """
+    encoder, tokens = model.encoder, math.prod(model.grid)
+    embed = 2.0 * tokens * math.prod(model.tubelet) * model.channels * encoder.width
+    block = vit.block_flops(encoder, tokens) / encoder.depth
+    moving = (embed if not frozen else 0.0) + (encoder.depth - frozen) * block
+    return 3 * moving + frozen * block + (embed if frozen else 0.0)

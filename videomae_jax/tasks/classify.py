@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from videomae_jax import hosts, sharding
@@ -18,8 +17,8 @@ from videomae_jax.config import Config, UserError
 from videomae_jax.data import pipeline, randaugment, sources
 from videomae_jax.data.sources import Source
 from videomae_jax.evaluation import classification
-from videomae_jax.interop import export, transfer, weights
-from videomae_jax.models import functional, heads, tubelets, vit
+from videomae_jax.interop import export, weights
+from videomae_jax.models import functional, heads, tubelets
 from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
 from videomae_jax.models.layout import Layout
 from videomae_jax.tasks import backbone, losses, mixup
@@ -88,13 +87,7 @@ class Classify(Task[ClassifierConfig]):
 
     def start(self, config: Config, names: list[str]) -> dict[str, np.ndarray]:
         """The backbone of `init_from`, and its head where the classes are the same; see `transfer.read`."""
-        if not config.init_from:
-            return {}
-        ours = [name.removeprefix("params/") for name in names if name.startswith("params/")]
-        taken = transfer.read(config.init_from, self.model, ours)
-        report.say(f"starting from {config.init_from}: {taken}")
-        found: dict[str, Any] = flatten_dict(taken.params, sep="/")
-        return {f"params/{name}": value for name, value in found.items()}
+        return backbone.start(config, self.model, names)
 
     @property
     def rate_factors(self) -> Callable[[Any], Any]:
@@ -150,12 +143,7 @@ class Classify(Task[ClassifierConfig]):
 
     def flops_per_clip(self) -> float:
         """Floating-point operations of a clip's forward and backward pass; see `vit.block_flops`."""
-        c, tokens, frozen = self.model, math.prod(self.model.grid), self.layers.frozen
-        embed = 2.0 * tokens * math.prod(c.tubelet) * c.channels * c.encoder.width
-        block = vit.block_flops(c.encoder, tokens) / c.encoder.depth
-        # What is frozen is computed once, forward; the gradient costs twice as much again.
-        moving = (embed if not frozen else 0.0) + (c.encoder.depth - frozen) * block
-        return 3 * moving + frozen * block + (embed if frozen else 0.0)
+        return backbone.adapted_flops(self.model, self.layers.frozen)
 
     def outputs(self, params: dict, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B K"]:
         """The head's outputs for plain clips."""

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
@@ -20,8 +19,8 @@ from videomae_jax.config import Config, UserError
 from videomae_jax.data import detection_clips, moving_scenes, moving_shapes, processes, scenes
 from videomae_jax.data.scenes import SceneSource
 from videomae_jax.data.sources import Source
-from videomae_jax.interop import export, transfer, weights
-from videomae_jax.models import functional, views, vit
+from videomae_jax.interop import export, weights
+from videomae_jax.models import functional, views
 from videomae_jax.models.detector import ActionDetector, DetectorConfig
 from videomae_jax.models.layout import Layout
 from videomae_jax.storage import Place
@@ -81,13 +80,7 @@ class Detect(Task[DetectorConfig]):
 
     def start(self, config: Config, names: list[str]) -> dict[str, np.ndarray]:
         """The backbone of `init_from`, its norm, and the head of a detector of the same actions."""
-        if not config.init_from:
-            return {}
-        ours = [name.removeprefix("params/") for name in names if name.startswith("params/")]
-        taken = transfer.read(config.init_from, self.model, ours)
-        report.say(f"starting from {config.init_from}: {taken}")
-        found: dict[str, Any] = flatten_dict(taken.params, sep="/")
-        return {f"params/{name}": value for name, value in found.items()}
+        return backbone.start(config, self.model, names)
 
     @property
     def rate_factors(self) -> Callable[[Any], Any]:
@@ -139,11 +132,7 @@ class Detect(Task[DetectorConfig]):
 
     def flops_per_clip(self) -> float:
         """Floating-point operations of a clip's forward and backward pass; see `vit.block_flops`."""
-        c, tokens, frozen = self.model, math.prod(self.model.grid), self.layers.frozen
-        embed = 2.0 * tokens * math.prod(c.tubelet) * c.channels * c.encoder.width
-        block = vit.block_flops(c.encoder, tokens) / c.encoder.depth
-        moving = (embed if not frozen else 0.0) + (c.encoder.depth - frozen) * block
-        return 3 * moving + frozen * block + (embed if frozen else 0.0)
+        return backbone.adapted_flops(self.model, self.layers.frozen)
 
     @property
     def clip_transform(self) -> detection_clips.DetectClip:
