@@ -9,15 +9,13 @@ repeated.
 
 import argparse
 import dataclasses
-import json
 import pathlib
-import statistics
 import time
 
 import jax
 import numpy as np
 from flax import nnx
-from methods import settings, train
+from methods import settings, show, train
 
 from videomae_jax.config import Config
 from videomae_jax.data.scenes import Scene, SceneSource
@@ -74,12 +72,7 @@ def main() -> None:
             row[name] = train(config, folder)["test"]["mAP"]
             row[f"{name}, whole"] = seen_whole(config, folder)
         runs.append(row | {"chance": chance(config)})
-    print(f"{'':20}{'mean':>8}{'spread':>8}  seeds")
-    for name in runs[0]:
-        figures = [run[name] for run in runs]
-        each = "  ".join(f"{x:.3f}" for x in figures)
-        print(f"{name:20}{statistics.mean(figures):8.3f}{max(figures) - min(figures):8.3f}  {each}")
-    print(json.dumps({**vars(arguments), "runs": runs, "seconds": round(time.time() - started)}))
+    show(runs, arguments, started)
 
 
 if __name__ == "__main__":

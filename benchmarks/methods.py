@@ -108,6 +108,16 @@ def contrast(workdir: pathlib.Path, steps: int, seed: int) -> dict[str, float]:
     return {"knn first": found[0], "knn last": found[-1], "feature_std": lines[-1]["feature_std"]}
 
 
+def show(runs: list[dict[str, float]], arguments: argparse.Namespace, started: float) -> None:
+    """Prints the table of all seeds and the JSON line."""
+    print(f"{'':20}{'mean':>8}{'spread':>8}  seeds")
+    for name in runs[0]:
+        figures = [run[name] for run in runs]
+        each = "  ".join(f"{x:.3f}" for x in figures)
+        print(f"{name:20}{statistics.mean(figures):8.3f}{max(figures) - min(figures):8.3f}  {each}")
+    print(json.dumps({**vars(arguments), "runs": runs, "seconds": round(time.time() - started)}))
+
+
 def main() -> None:
     """Runs one study with every seed."""
     studies: dict[str, Callable] = {"latent": latent, "distill": distill, "contrast": contrast}
@@ -122,12 +132,7 @@ def main() -> None:
         studies[arguments.study](pathlib.Path(arguments.workdir).absolute(), arguments.steps, seed)
         for seed in range(arguments.seeds)
     ]
-    print(f"{'':20}{'mean':>8}{'spread':>8}  seeds")
-    for name in runs[0]:
-        figures = [run[name] for run in runs]
-        each = "  ".join(f"{x:.3f}" for x in figures)
-        print(f"{name:20}{statistics.mean(figures):8.3f}{max(figures) - min(figures):8.3f}  {each}")
-    print(json.dumps({**vars(arguments), "runs": runs, "seconds": round(time.time() - started)}))
+    show(runs, arguments, started)
 
 
 if __name__ == "__main__":
