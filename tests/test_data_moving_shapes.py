@@ -6,7 +6,7 @@ import socket
 import numpy as np
 import pytest
 
-from videomae_jax.data import decode, moving_shapes, prepared
+from videomae_jax.data import decode, generated, moving_shapes, prepared
 
 SPEC = moving_shapes.MovingShapes(size=32, frames=16, videos=32, seed=0)
 
@@ -42,7 +42,7 @@ def test_another_seed_gives_other_videos():
 
 
 def test_the_cache_is_used_again(shapes, monkeypatch):
-    monkeypatch.setattr(moving_shapes.multiprocessing, "get_context", None)
+    monkeypatch.setattr(generated.multiprocessing, "get_context", None)
     assert moving_shapes.generate(SPEC, shapes.parent, processes=1) == shapes
 
 

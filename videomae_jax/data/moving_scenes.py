@@ -5,20 +5,17 @@ several do different things in the same frames, only the box tells which one is 
 and AVA's lists, in the form of `scenes`.
 """
 
-import concurrent.futures
 import dataclasses
-import multiprocessing
 import os
 import pathlib
 
 import numpy as np
 
-from videomae_jax.data import decode, moving_shapes
+from videomae_jax.data import decode, generated, moving_shapes
 from videomae_jax.data.moving_shapes import CLASSES as DIRECTIONS
 from videomae_jax.data.moving_shapes import MovingShapes
 
 ACTIONS = (*DIRECTIONS, "grow", "shrink")
-_FPS = 16
 _VERSION = 1
 _KEYS = (-4, 0, 4)  # frames from the middle one
 _TRIES = 200
@@ -98,24 +95,19 @@ def render(
     return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8), found
 
 
-def _write(spec: MovingShapes, folder: str, split: str, number: int) -> list[str]:
+def _write(spec: MovingShapes, folder: pathlib.Path, split: str, number: int) -> list[str]:
     """Renders and encodes a video; returns its rows."""
     rng = np.random.default_rng([spec.seed, 1000 + list(spec.splits()).index(split), number])
     frames, shapes = render(spec, rng)
     name = f"{split}_{number:06d}"
-    decode.write_video(pathlib.Path(folder, "videos", f"{name}.mp4"), frames, _FPS)
+    decode.write_video(folder / "videos" / f"{name}.mp4", frames, generated.FPS)
     return [
-        f"{name},{frame / _FPS:.4f},{','.join(f'{c:.4f}' for c in corners[frame])},"
+        f"{name},{frame / generated.FPS:.4f},{','.join(f'{c:.4f}' for c in corners[frame])},"
         f"{ACTIONS.index(action) + 1},{person}"
         for frame in (spec.frames // 2 + offset for offset in _KEYS)
         for person, (shape, corners) in enumerate(shapes)
         for action in shape.actions
     ]
-
-
-def _write_part(spec: MovingShapes, folder: str, part: int, parts: int) -> list[tuple[str, int, list[str]]]:
-    every = [(split, i) for split, videos in spec.splits().items() for i in range(videos)]
-    return [(split, number, _write(spec, folder, split, number)) for split, number in every[part::parts]]
 
 
 def generate(spec: MovingShapes, cache: str | os.PathLike, processes: int) -> pathlib.Path:
@@ -130,15 +122,11 @@ def generate(spec: MovingShapes, cache: str | os.PathLike, processes: int) -> pa
 
     def fill(folder: pathlib.Path) -> None:
         (folder / "videos").mkdir(parents=True)
-        # Spawned, not forked: the parent may run threads of JAX.
-        context, parts = multiprocessing.get_context("spawn"), 8 * processes
-        with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-            jobs = [pool.submit(_write_part, spec, str(folder), i, parts) for i in range(parts)]
-            written = sorted(row for job in jobs for row in job.result())
+        written = generated.each_video(_write, spec, folder, processes)
         for split in spec.splits():
             lines = [line for name, _, rows in written if name == split for line in rows]
             (folder / f"{split}.csv").write_text("\n".join(lines) + "\n")
         names = "".join(f"{i},{name}\n" for i, name in enumerate(ACTIONS, 1))
         (folder / "classes.csv").write_text(names)
 
-    return moving_shapes.cached("moving_scenes", _VERSION, spec, cache, fill)
+    return generated.cached("moving_scenes", _VERSION, spec, cache, fill)

@@ -6,21 +6,13 @@ background is muted: what moves is then a large part of what a small model sees.
 seed.
 """
 
-import concurrent.futures
-import dataclasses
-import hashlib
-import json
 import math
-import multiprocessing
 import os
 import pathlib
-import shutil
-import socket
-from collections.abc import Callable
 
 import numpy as np
 
-from videomae_jax.data import decode
+from videomae_jax.data import decode, generated
 
 # Steps along (y, x).
 DIRECTIONS = {
@@ -34,30 +26,13 @@ DIRECTIONS = {
     "up_right": (-1, 1),
 }
 CLASSES = tuple(DIRECTIONS)
-_FPS = 16
 _VERSION = 4  # part of the cache's name: raise it when the same settings give other videos
 
 
-@dataclasses.dataclass(frozen=True)
-class MovingShapes:
-    """What to generate.
+class MovingShapes(generated.Spec):
+    """What to generate."""
 
-    Attributes:
-        size: height and width in pixels, even.
-        frames: frames per video.
-        videos: training videos; validation and test have an eighth of it each.
-        seed: everything is a function of it.
-    """
-
-    size: int
-    frames: int
-    videos: int
-    seed: int
-
-    def splits(self) -> dict[str, int]:
-        """Videos per split."""
-        held = max(self.videos // 8, len(CLASSES))
-        return {"train": self.videos, "validation": held, "test": held}
+    classes = CLASSES
 
 
 def render(spec: MovingShapes, motion: str, rng: np.random.Generator) -> np.ndarray:
@@ -122,28 +97,12 @@ def texture(
     return (first + second) / 2 + wave * ((first - second) / 2)
 
 
-def _write(spec: MovingShapes, folder: str, split: str, number: int) -> None:
+def _write(spec: MovingShapes, folder: pathlib.Path, split: str, number: int) -> None:
     """Renders and encodes video `number` of a split; its class is number modulo the classes."""
     motion = CLASSES[number % len(CLASSES)]
     rng = np.random.default_rng([spec.seed, list(spec.splits()).index(split), number])
-    path = pathlib.Path(folder, split, motion, f"{number:06d}.mp4")
-    decode.write_video(path, render(spec, motion, rng), _FPS)
-
-
-def _write_part(spec: MovingShapes, folder: str, part: int, parts: int) -> None:
-    every = [(split, i) for split, videos in spec.splits().items() for i in range(videos)]
-    for split, number in every[part::parts]:
-        _write(spec, folder, split, number)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
+    path = folder / split / motion / f"{number:06d}.mp4"
+    decode.write_video(path, render(spec, motion, rng), generated.FPS)
 
 
 def generate(spec: MovingShapes, cache: str | os.PathLike, processes: int) -> pathlib.Path:
@@ -157,46 +116,6 @@ def generate(spec: MovingShapes, cache: str | os.PathLike, processes: int) -> pa
         for split in spec.splits():
             for motion in CLASSES:
                 (folder / split / motion).mkdir(parents=True)
-        # Spawned, not forked: the parent may run threads of JAX.
-        context = multiprocessing.get_context("spawn")
-        parts = 8 * processes
-        with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-            jobs = [pool.submit(_write_part, spec, str(folder), i, parts) for i in range(parts)]
-            for job in jobs:
-                job.result()
+        generated.each_video(_write, spec, folder, processes)
 
-    return cached("moving_shapes", _VERSION, spec, cache, fill)
-
-
-def cached(
-    kind: str,
-    version: int,
-    spec: MovingShapes,
-    cache: str | os.PathLike,
-    fill: Callable[[pathlib.Path], None],
-) -> pathlib.Path:
-    """The folder of generated data; `fill` makes it where it is not there.
-
-    It appears only when it is whole; one interrupted is begun anew.
-    """
-    identity = json.dumps({"version": version, **dataclasses.asdict(spec)})
-    name = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    folder = pathlib.Path(cache, f"{kind}-{name}")
-    if folder.is_dir():
-        return folder
-    # By machine, which may share the cache with others: a process is looked for here only.
-    own = f"{folder.name}.partial-{socket.gethostname()}-"
-    for left in folder.parent.glob(f"{own}*"):
-        if not _is_running(int(left.name.removeprefix(own))):
-            shutil.rmtree(left, ignore_errors=True)
-    partial = folder.with_name(f"{own}{os.getpid()}")
-    try:
-        fill(partial)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+    return generated.cached("moving_shapes", _VERSION, spec, cache, fill)
