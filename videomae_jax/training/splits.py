@@ -6,8 +6,9 @@ import pathlib
 
 from videomae_jax import storage
 from videomae_jax.config import Config, UserError
-from videomae_jax.data import moving_shapes, prepared, processes, sources
+from videomae_jax.data import moving_digits, moving_shapes, prepared, processes, sources
 from videomae_jax.data.sources import Source
+from videomae_jax.keys import KEYS
 from videomae_jax.training import report
 
 
@@ -21,7 +22,7 @@ class Splits:
 
 
 def open_splits(config: Config, needs_labels: bool = True) -> Splits:
-    """The videos of `data.path`; generates moving_shapes where it is named, says what is left out.
+    """The videos of `data.path`; generates those that have a name, says what is left out.
 
     Where there is no validation part, it is taken from the training videos; a set too small for that has its
     training videos in its place.
@@ -80,10 +81,22 @@ def _open(config: Config, path: str, split: str) -> Source:
 def _path(config: Config) -> str:
     if not config.data.path:
         raise UserError(
-            "data.path is empty: name a folder of videos, a CSV list, prepared data, or moving_shapes"
+            "data.path is empty: name a folder of videos, a CSV list, prepared data, moving_shapes or "
+            "moving_digits"
         )
-    is_generated = config.data.path == "moving_shapes"
-    return str(_moving_shapes(config.data.generate)) if is_generated else config.data.path
+    is_generated = config.data.path in ("moving_shapes", "moving_digits")
+    return str(_generated(config.data.path, config.data.generate)) if is_generated else config.data.path
+
+
+def shapes(generate: Config) -> moving_shapes.MovingShapes:
+    """What to generate of moving_shapes, for any task.
+
+    Raises:
+        ValueError: settings that it does not have.
+    """
+    if generate.look != KEYS["data.generate.look"].default:
+        raise ValueError(f"look={generate.look!r} is of moving_digits: moving_shapes has one look")
+    return moving_shapes.MovingShapes(generate.size, generate.frames, generate.videos, generate.seed)
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -126,11 +139,12 @@ def _check_labels(path: str, train: Source) -> None:
         raise UserError(f"{path} has one class, {train.classes[0]!r}: a classifier needs two or more")
 
 
-def _moving_shapes(generate: Config) -> pathlib.Path:
-    folder = storage.cache()
-    report.say(f"moving_shapes: {generate.videos} training videos, cached in {folder}")
-    spec = moving_shapes.MovingShapes(**generate)
+def _generated(name: str, generate: Config) -> pathlib.Path:
+    folder, cores = storage.cache(), processes.usable_cores()
+    report.say(f"{name}: {generate.videos} training videos, cached in {folder}")
     try:
-        return moving_shapes.generate(spec, folder, processes=processes.usable_cores())
+        if name == "moving_digits":
+            return moving_digits.generate(moving_digits.MovingDigits(**generate), folder, cores)
+        return moving_shapes.generate(shapes(generate), folder, cores)
     except ValueError as error:
         raise UserError(f"data.generate: {error}") from None
