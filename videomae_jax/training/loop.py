@@ -7,12 +7,12 @@ from typing import Any
 import jax
 
 from videomae_jax import config as settings
-from videomae_jax import hosts
+from videomae_jax import hosts, storage
 from videomae_jax.config import Config, UserError
 from videomae_jax.data.sources import Source
 from videomae_jax.interop import export
 from videomae_jax.storage import Place
-from videomae_jax.training import compute, feed, report, step, trainer
+from videomae_jax.training import compute, feed, reference, report, step, trainer
 from videomae_jax.training.feed import TrainingError as TrainingError
 from videomae_jax.training.task import Make, Run, Task
 
@@ -42,6 +42,7 @@ def run(config: Config, workdir: Place, started: float, make: Make) -> dict[str,
         planned = make(config, None, weights)
         check_parts(config, planned, mesh)
         report.check_profile(config.log.profile)
+        curves = reference.read(config.log.reference)
         stack.enter_context(hosts.Lock(workdir / ".lock"))
         phases.end("set-up")
         videos = hosts.agreed(lambda: planned.open_videos(config))
@@ -64,8 +65,16 @@ def run(config: Config, workdir: Place, started: float, make: Make) -> dict[str,
         summary["seconds"] = before.get("seconds", phases.seconds)
         if hosts.is_writer():
             report.write_json(path, summary)
+            if curves:
+                _draw(curves, workdir)
         hosts.wait("summary")
     return summary
+
+
+def _draw(curves: reference.Reference, workdir: Place) -> None:
+    with storage.output(workdir / "curves.png") as picture:
+        reference.draw((workdir / "log.jsonl").read_text(), curves, picture)
+    report.say(f"curves over those of the reference: {workdir / 'curves.png'}")
 
 
 def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:

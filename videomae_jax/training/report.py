@@ -19,6 +19,7 @@ from tensorboardX.proto import event_pb2
 from videomae_jax import hardware, storage
 from videomae_jax.config import UserError
 from videomae_jax.storage import Place
+from videomae_jax.training import reference
 
 
 def write_json(path: Place, data: dict[str, Any]) -> None:
@@ -153,6 +154,7 @@ class Report:
         batch_size: clips per step, over all hosts.
         flops_per_clip: of the forward and backward pass, for the figures of use.
         dtype: of the matmuls; the use is told as a share of the peak only in bfloat16.
+        curves: what lines compare the loss with.
     """
 
     def __init__(
@@ -164,10 +166,11 @@ class Report:
         every: int,
         flops_per_clip: float,
         dtype: str,
+        curves: reference.Reference | None = None,
     ):
         self.files, self.path = files, files.folder / "log.jsonl"
         self.total, self.batch_size, self.every = total_steps, batch_size, every
-        self._flops, self._peak = flops_per_clip, None
+        self._flops, self._peak, self._curves = flops_per_clip, None, curves
         if dtype == "bfloat16":
             self._peak = hardware.peak_flops(jax.local_devices()[0].device_kind)
         self.last: dict[str, Any] = {}
@@ -243,6 +246,8 @@ class Report:
             f"loss {self.last['loss']:.4f}  lr {self.last['learning_rate']:.2e}  "
             f"{clips_per_second:.1f} clips/s{use}  waiting for data {self.last['data_wait']:.1%}"
         )
+        usual = self._curves.at("loss", step) if self._curves else None
+        text += "" if usual is None else f"  reference loss {usual:.4f}"
         text += "".join(f"  {name.replace('_', ' ')} {value:.4f}" for name, value in validated.items())
         self._bar.set_postfix_str(text)
         if self._bar.disable:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from videomae_jax import hosts, sharding, storage
 from videomae_jax.config import Config, Schedule
 from videomae_jax.data import pipeline
-from videomae_jax.training import checkpoint, feed, optim, report, step
+from videomae_jax.training import checkpoint, feed, optim, reference, report, step
 from videomae_jax.training.guard import Guard
 from videomae_jax.training.task import Run, Task
 from videomae_jax.training.validation import Validation
@@ -131,6 +131,7 @@ class Trainer:
             self.config.log.steps,
             self.task.flops_per_clip(),
             self.task.model.compute.dtype,
+            reference.read(self.config.log.reference),
         )
 
     def _batches(self, start: int) -> Any:
