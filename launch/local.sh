@@ -61,6 +61,8 @@ if [[ "${1:-}" == --processes=* ]]; then
     exit 2
   fi
 fi
+# Digits and plots of `study`.
+[[ "${1:-}" == study ]] && EXTRAS="${EXTRAS:+$EXTRAS,}study"
 # The compilers of `plan`: without their devices they take a few hundred MB, those of GPUs some GB.
 if [[ "${1:-}" == plan ]]; then
   EXTRAS="${EXTRAS:+$EXTRAS,}plan"

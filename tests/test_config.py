@@ -161,6 +161,8 @@ def test_a_path_takes_the_kinetics_recipe():
         ("detect", "size=base,data=/my/boxes,recipe=mmaction,start=finetuned,normalise=official"),
         ("finetune", "size=base,data=/my/videos,preset=small_data"),
         ("debug", "task=finetune"),
+        *(("study", f"stage={stage}") for stage in ("pretrain", "contrast", "finetune", "linear", "knn")),
+        ("study", "stage=finetune,labels=10,steps=100,look=b"),
         ("moco", "size=base,data=k400"),
         ("moco", "size=tiny,data=moving_shapes"),
         *(("pretrain_v2", f"size={size}") for size in PRETRAINING_V2),
@@ -230,7 +232,7 @@ def test_probe_configs(kind):
 def test_every_config_file_is_tested():
     assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {
         *("pretrain", "pretrain_v2", "latent", "moco", "finetune", "distill", "detect", "probe", "small"),
-        "debug",
+        *("study", "debug"),
     }
 
 
@@ -239,6 +241,8 @@ def test_every_config_file_is_tested():
     [
         ("small", "dta=x", "'dta=x' is not understood: use data=moving_shapes,scale=laptop"),
         ("small", "scale=pod", "scale=pod is unknown: use laptop or gpu"),
+        ("study", "stage=predict", "stage=predict is unknown: use pretrain, contrast, latent"),
+        ("study", "labels=few", "labels=few is no number"),
         ("pretrain", "size=giant", "size=giant is unknown: use small, base, large, huge"),
         ("debug", "x", "'x' is not understood"),
         ("finetune", "size=vast", "size=vast is unknown: use tiny, small"),

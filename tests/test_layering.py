@@ -29,16 +29,17 @@ MAY = {
         "storage",
     },
     "training": {
-        *("training", "apps", "config", "data", "evaluation", "hardware", "hosts", "interop", "models"),
-        *("sharding", "storage"),
+        *("training", "apps", "config", "data", "evaluation", "hardware", "hosts", "interop", "keys"),
+        *("models", "sharding", "storage"),
     },
     "tasks": {
         *("keys", "tasks", "training", "apps", "config", "data", "evaluation", "hosts", "interop", "models"),
         *("sharding", "storage"),
     },
+    "study": {"study", "config", "data", "storage"},
     "commands": {
         *("tasks", "training", "apps", "config", "data", "evaluation", "hosts", "interop", "sharding"),
-        "storage",
+        *("storage", "study"),
     },
     "cli": {"commands", "config", "data", "evaluation", "interop"},
     "__main__": {"cli"},

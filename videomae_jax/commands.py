@@ -286,6 +286,29 @@ def _plan(values: Any, _arguments: list[str], _started: float) -> None:
     report.write_json(storage.at(values.out), found)
 
 
+def _study(values: Any, _arguments: list[str], _started: float) -> None:
+    from videomae_jax.study import carry_out
+
+    if values.processes < 0:
+        raise flags.Error(f"--processes={values.processes} must be 0 or more")
+    if values.report is not None:
+        carry_out.show(values.report, values.out)
+    elif values.workdir is None:
+        raise flags.Error("study needs --workdir=... to run, or --report=WORKDIR to report")
+    else:
+        carry_out.run(values.scale, pathlib.Path(values.workdir), values.processes)
+
+
+def _study_flags(values: flags.FlagValues) -> None:
+    text = flags.DEFINE_string
+    text("scale", "laptop", "smoke (minutes), laptop (two cores, hours) or gpu.", flag_values=values)
+    text("workdir", None, "Folder of all runs.", flag_values=values)
+    text("report", None, "Report what this work folder or results file has; run nothing.", flag_values=values)
+    text("out", "docs", "Folder that --report writes evidence.md into.", flag_values=values)
+    help_text = "Runs at once; 0: one for each core, or four for each GPU."
+    flags.DEFINE_integer("processes", 0, help_text, flag_values=values)
+
+
 def _plan_flags(values: flags.FlagValues) -> None:
     config_flags.DEFINE_config_file(
         "config", None, "Settings: FILE.py or FILE.py:name=value,...", flag_values=values
@@ -352,6 +375,7 @@ COMMANDS: dict[str, tuple[Callable, Sequence[str], Sequence[str], Callable]] = {
         ("classes", "out"),
         _score_detections,
     ),
+    "study": (_study_flags, (), (), _study),
     "reconstruct": (_reconstruct_flags, ("VIDEO",), ("checkpoint", "out"), _reconstruct),
 }
 

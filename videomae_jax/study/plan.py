@@ -1,0 +1,395 @@
+"""The paper's questions as runs of `configs/study.py`, at three scales."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from videomae_jax.data import moving_digits
+from videomae_jax.study.claims import Claim
+from videomae_jax.study.questions import Question, Row
+from videomae_jax.study.runner import Run
+
+CONFIG = "configs/study.py"
+_VIDEOS = 2048  # for training, in configs/study.py
+_SSV2 = "ViT-B, Something-Something V2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much is run.
+
+    Attributes:
+        seeds: of every row.
+        steps: of the pretraining that the curve of labels starts from.
+        short: of the pretraining of all other questions.
+        contrast: of MoCo v3's.
+        finetuning: of finetuning; thrice as many with all labels.
+        labels: videos per class of the curve, 0 for all; and of all other questions, `few`.
+        questions: keys of those that are asked; (): all.
+        edits: of every run.
+    """
+
+    seeds: int
+    steps: int
+    short: int
+    contrast: int
+    finetuning: int
+    labels: tuple[int, ...]
+    few: int
+    questions: tuple[str, ...] = ()
+    edits: tuple[tuple[str, Any], ...] = ()
+
+
+SCALES = {
+    "smoke": Scale(
+        seeds=2,
+        steps=4,
+        short=2,
+        contrast=2,
+        finetuning=2,
+        labels=(1,),
+        few=1,
+        questions=("labels", "mask"),
+        edits=(("data.generate.videos", 64), ("log.steps", 1)),
+    ),
+    # The amounts of labels in the order in which one wants to know.
+    "laptop": Scale(3, 15_000, 3000, 1200, 400, labels=(10, 100, 25, 5, 0, 2, 1), few=10),
+    "gpu": Scale(5, 100_000, 20_000, 10_000, 800, labels=(10, 100, 25, 5, 0, 2, 1), few=10),
+}
+
+
+class Plan:
+    """The questions of a scale, and all runs behind them, each after those that it needs."""
+
+    def __init__(self, scale: Scale):
+        self.scale = scale
+        self.runs: list[Run] = []
+        asked = (_labels, _mask, _decoder, _target, _quantity, _domain, _epochs, _frozen)
+        self.questions = [
+            ask(self) for ask in asked if not scale.questions or ask.__name__[1:] in scale.questions
+        ]
+
+    def run(
+        self, name: str, arg: str, seed: int, *edits: tuple[str, Any], start: str = "", teacher: str = ""
+    ) -> Run:
+        """A run of `configs/study.py`; the same one for the same name.
+
+        Raises:
+            ValueError: another run has this name.
+        """
+        # Videos, and with them those that are labelled, are drawn anew for each seed.
+        edits = (*self.scale.edits, ("data.generate.seed", seed), *edits)
+        run = Run(f"{name}_{seed}", f"{CONFIG}:{arg}", edits, seed, start=start, teacher=teacher)
+        before = next((other for other in self.runs if other.name == run.name), None)
+        if before is None:
+            self.runs.append(run)
+        elif before != run:
+            raise ValueError(f"two runs are called {run.name}")
+        return run
+
+    def pretrained(self, name: str, seed: int, *edits: tuple[str, Any], steps: int = 0, arg: str = "") -> Run:
+        """A masked autoencoder, of `short` steps by default."""
+        return self.run(name, f"stage=pretrain,steps={steps or self.scale.short}{arg}", seed, *edits)
+
+    def tested(self, start: Run | None, seed: int, labels: int, stage: str = "finetune") -> Run:
+        """A classifier, from weights or from scratch."""
+        source = start.name.removesuffix(f"_{seed}") if start else "scratch"
+        amount = f"{labels}_per_class" if labels else "all_labels"
+        steps = self.scale.finetuning * (3 if labels == 0 else 1)
+        arg = f"stage={stage},labels={labels}" + (f",steps={steps}" if stage == "finetune" else "")
+        return self.run(f"{source}_{stage}_{amount}", arg, seed, start=start.name if start else "")
+
+    def probed(self, start: Run) -> Run:
+        """How short pretraining is read out: by one attending query on frozen features, with all labels."""
+        return self.tested(start, start.seed, 0, "attentive")
+
+    def row(self, name: str, make: Callable[[int], Run], **place: Any) -> Row:
+        """A row whose runs `make` gives for each seed."""
+        return Row(name, tuple(make(seed) for seed in range(self.scale.seeds)), **place)
+
+    def varied(self, name: str, folder: str, *edits: tuple[str, Any], paper: float | None = None) -> Row:
+        """A row of short pretraining with edits, read out by `probed`."""
+        return self.row(name, lambda seed: self.probed(self.pretrained(folder, seed, *edits)), paper=paper)
+
+    def usual(self, name: str, paper: float | None = None) -> Row:
+        """The row that the others of a question are compared with: short pretraining as it is."""
+        return self.varied(name, "short", paper=paper)
+
+
+def _labels(plan: Plan) -> Question:
+    scale, rows = plan.scale, []
+    every = min(scale.labels)
+    sides: dict[str, Callable[[int], Run | None]] = {
+        "VideoMAE": lambda seed: plan.pretrained("long", seed, steps=scale.steps),
+        "from scratch": lambda seed: None,
+        "MoCo v3": lambda seed: plan.run("moco", f"stage=contrast,steps={scale.contrast}", seed),
+    }
+    for side, start in sides.items():
+        for labels in scale.labels:
+            rows.append(
+                plan.row(
+                    _of(side, labels),
+                    lambda seed, start=start, labels=labels: plan.tested(start(seed), seed, labels),
+                    x=float(labels or _VIDEOS // len(moving_digits.CLASSES)),
+                    series=side,
+                )
+            )
+    few = scale.few
+    return Question(
+        "labels",
+        "Labels: from scratch, MoCo v3, VideoMAE",
+        "Pretrained on all training videos without labels, then finetuned with some labels per class; the "
+        "recipe and the steps of finetuning are the same on all sides. MoCo v3 has about as many seconds as "
+        "VideoMAE here, not as many clips: it looks at every token of two views.",
+        tuple(rows),
+        (
+            Claim(
+                f"VideoMAE beats training from scratch, {few} labels per class",
+                _of("VideoMAE", few),
+                _of("from scratch", few),
+                "62.6 against 18.0 (HMDB51), 69.6 against 32.6 (SSv2)",
+            ),
+            Claim(
+                "VideoMAE beats training from scratch, all labels",
+                _of("VideoMAE", every),
+                _of("from scratch", every),
+                "80.0 against 68.8 (Kinetics-400)",
+            ),
+            Claim(
+                f"VideoMAE beats MoCo v3, {few} labels per class",
+                _of("VideoMAE", few),
+                _of("MoCo v3", few),
+                "62.6 against 39.2 (HMDB51), 69.6 against 54.2 (SSv2)",
+            ),
+        ),
+        axis="labelled videos per class",
+    )
+
+
+def _of(side: str, labels: int) -> str:
+    return f"{side}, {labels} per class" if labels else f"{side}, all labels"
+
+
+def _mask(plan: Plan) -> Question:
+    rows = [
+        plan.usual("tube, 0.75", paper=68.0),
+        plan.varied("random, 0.75", "random", ("mask.kind", "random")),
+        plan.varied("frame, 0.75", "frame", ("mask.kind", "frame")),
+    ]
+    if plan.scale.questions == ():
+        rows += [
+            plan.varied("tube, 0.5", "tube_0.5", ("mask.ratio", 0.5)),
+            plan.varied("tube, 0.9", "tube_0.9", ("mask.ratio", 0.9), paper=69.6),
+            plan.varied(
+                "random, 0.9", "random_0.9", ("mask.kind", "random"), ("mask.ratio", 0.9), paper=68.3
+            ),
+            plan.varied("tube, 0.94", "tube_0.94", ("mask.ratio", 0.94)),
+            plan.varied("running cell (V2), 0.75", "running_cell", ("mask.decoder", "running_cell")),
+        ]
+    return Question(
+        "mask",
+        "Masking: which places, how many, and V2's decoder",
+        f"{_short(plan)} With 16 places the ratios are 8, 12, 14 and 15 hidden; frame masking hides 3 of 4 "
+        "slices.",
+        tuple(rows),
+        (
+            Claim(
+                "tube masking beats random masking", "tube, 0.75", "random, 0.75", "69.6 against 68.3, at 0.9"
+            ),
+            Claim("tube masking beats frame masking", "tube, 0.75", "frame, 0.75", "69.6 against 61.5"),
+            Claim("0.9 is better than 0.75", "tube, 0.9", "tube, 0.75", "69.6 against 68.0"),
+            Claim("0.75 is better than 0.5", "tube, 0.75", "tube, 0.5", "rises up to 0.9 (figure 5)"),
+        ),
+        source=_SSV2,
+    )
+
+
+def _short(plan: Plan) -> str:
+    return (
+        f"Short pretraining ({plan.scale.short:,} steps), read out by an attentive probe of frozen features "
+        "with all labels: it takes seconds, and tells such models apart better than finetuning. The paper "
+        "finetunes."
+    )
+
+
+def _decoder(plan: Plan) -> Question:
+    return Question(
+        "decoder",
+        "Depth of the decoder",
+        f"{_short(plan)} The encoder has 4 blocks here, 12 in the paper.",
+        (
+            plan.varied("1 block", "decoder_1", ("model.decoder.depth", 1), paper=68.5),
+            plan.usual("2 blocks", paper=69.2),
+            plan.varied("4 blocks", "decoder_4", ("model.decoder.depth", 4), paper=69.6),
+            plan.varied("8 blocks", "decoder_8", ("model.decoder.depth", 8), paper=69.3),
+        ),
+        (
+            Claim("four blocks are better than one", "4 blocks", "1 block", "69.6 against 68.5"),
+            Claim("eight blocks are no better than four", "4 blocks", "8 blocks", "69.6 against 69.3"),
+        ),
+        source=_SSV2,
+    )
+
+
+def _target(plan: Plan) -> Question:
+    return Question(
+        "target",
+        "Target and loss",
+        f"{_short(plan)} Pixels are the usual target here.",
+        (
+            plan.usual("pixels, mse"),
+            plan.varied("pixels, l1", "l1", ("loss.kind", "l1")),
+            plan.varied("pixels, smooth l1", "smooth_l1", ("loss.kind", "smooth_l1")),
+            plan.varied("normalised, mse", "normalised", *_NORMALISED, paper=69.6),
+        ),
+        (
+            Claim("mse is better than l1", "pixels, mse", "pixels, l1", "69.6 against 69.1"),
+            Claim(
+                "normalised targets beat pixels",
+                "normalised, mse",
+                "pixels, mse",
+                "84.4 against 83.8 (ST-MAE)",
+            ),
+        ),
+        source=_SSV2,
+    )
+
+
+_NORMALISED = (("loss.normalize_target", True), ("log.statistics", "true"))
+
+
+def _quantity(plan: Plan) -> Question:
+    def part(share: int) -> Row:
+        if share == 1:
+            return plan.usual(f"{_VIDEOS} videos")
+        videos = _VIDEOS // share
+        return plan.varied(f"{videos} videos", f"videos_{videos}", ("data.generate.videos", videos))
+
+    return Question(
+        "quantity",
+        "How many videos to pretrain on",
+        f"{_short(plan)} As many steps for each number of videos.",
+        tuple(part(share) for share in (8, 4, 2, 1)),
+        (
+            Claim(
+                "more videos are better, at equal steps",
+                f"{_VIDEOS} videos",
+                f"{_VIDEOS // 8} videos",
+                "few videos do: 68.7 from 42,000 of SSv2, 69.6 from 169,000",
+            ),
+        ),
+    )
+
+
+def _domain(plan: Plan) -> Question:
+    def on(
+        name: str, folder: str, *edits: tuple[str, Any], look: str = "a", paper: float | None = None
+    ) -> Row:
+        return plan.row(
+            name,
+            lambda seed: plan.probed(plan.pretrained(folder, seed, *edits, arg=f",look={look}")),
+            paper=paper,
+        )
+
+    return Question(
+        "domain",
+        "Domain: where the pretraining videos come from",
+        f"{_short(plan)} Probed and tested on look a always. Look b has the same classes in other "
+        "textures, colours and speeds.",
+        (
+            plan.usual("look a, 2048 videos", paper=69.6),
+            on("look b, 2048 videos", "look_b", look="b", paper=68.5),
+            on("look b, 8192 videos", "look_b_8192", ("data.generate.videos", 8192), look="b"),
+            on("look a, 8192 videos", "look_a_8192", ("data.generate.videos", 8192)),
+        ),
+        (
+            Claim(
+                "the target's own videos beat as many of another domain",
+                "look a, 2048 videos",
+                "look b, 2048 videos",
+                "69.6 (SSv2) against 68.5 (Kinetics-400) on SSv2",
+            ),
+            Claim(
+                "... and beat four times as many",
+                "look a, 2048 videos",
+                "look b, 8192 videos",
+                "68.7 (42,000 of SSv2) against 68.5 (240,000 of Kinetics-400)",
+            ),
+        ),
+        source=_SSV2,
+    )
+
+
+def _epochs(plan: Plan) -> Question:
+    scale, rows = plan.scale, []
+    for steps in (scale.short // 4, scale.short // 2, scale.short, scale.steps):
+        name = {scale.short: "short", scale.steps: "long"}.get(steps, f"steps_{steps}")
+        rows.append(
+            plan.row(
+                f"{steps:,} steps",
+                lambda seed, name=name, steps=steps: plan.probed(plan.pretrained(name, seed, steps=steps)),
+                x=float(steps),
+                series="VideoMAE",
+            )
+        )
+    half = f"{scale.short // 2:,} steps, then as many of latent targets"
+
+    def student(seed: int) -> Run:
+        teacher = plan.pretrained(f"steps_{scale.short // 2}", seed, steps=scale.short // 2)
+        arg = f"stage=latent,steps={scale.short - scale.short // 2}"
+        return plan.probed(plan.run("latent", arg, seed, teacher=teacher.name))
+
+    rows.append(plan.row(half, student, x=float(scale.short), series="half of them a latent student"))
+    return Question(
+        "epochs",
+        "Longer pretraining, and latent targets as a second stage",
+        "Read out by an attentive probe of frozen features, with all labels.",
+        tuple(rows),
+        (
+            Claim(
+                "longer pretraining is better",
+                f"{scale.steps:,} steps",
+                f"{scale.short // 2:,} steps",
+                "70.8 (2,400 epochs) against 69.6 (800)",
+            ),
+            Claim(
+                "a second stage of latent targets beats more of the first",
+                half,
+                f"{scale.short:,} steps",
+                "not the paper's: SALT (arXiv 2509.24317)",
+            ),
+        ),
+        axis="steps of pretraining",
+    )
+
+
+def _frozen(plan: Plan) -> Question:
+    kinds = {"finetuned": "finetune", "attentive probe": "attentive", "linear probe": "linear", "k-NN": "knn"}
+    papers = {"finetuned": 69.6, "linear probe": 38.9}
+
+    def long(seed: int) -> Run:
+        return plan.pretrained("long", seed, steps=plan.scale.steps)
+
+    return Question(
+        "frozen",
+        "Frozen features and finetuning",
+        f"The long pretraining ({plan.scale.steps:,} steps), all labels.",
+        tuple(
+            plan.row(
+                name,
+                lambda seed, stage=stage: plan.tested(long(seed), seed, 0, stage),
+                paper=papers.get(name),
+            )
+            for name, stage in kinds.items()
+        ),
+        (
+            Claim("finetuning beats a linear probe", "finetuned", "linear probe", "69.6 against 38.9"),
+            Claim(
+                "an attentive probe beats a linear one",
+                "attentive probe",
+                "linear probe",
+                "65.5 against 41.3 (ViT-L, V-JEPA's protocol)",
+            ),
+        ),
+        source=_SSV2,
+    )

@@ -1,0 +1,198 @@
+"""The report of a study: tables, pictures and verdicts, from nothing but its results file."""
+
+import importlib.util
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from videomae_jax import storage
+from videomae_jax.config import UserError
+from videomae_jax.study import claims, questions
+from videomae_jax.study.claims import Interval, Verdict
+from videomae_jax.study.questions import Question, Row
+from videomae_jax.study.runner import Results
+
+Lines = Mapping[str, Mapping[str, Any]]
+
+
+def write(asked: Sequence[Question], results: pathlib.Path, out: pathlib.Path, command: str) -> list[Verdict]:
+    """Writes OUT/evidence.md, its pictures in OUT/images, and the results beside it; returns the verdicts.
+
+    Raises:
+        UserError: no results, or no plotting library.
+    """
+    check_plotting()
+    lines = Results(results).lines
+    if not lines:
+        raise UserError(f"{results} has no result yet: run the study first")
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    copy = out / "evidence.jsonl"
+    if results.resolve() != copy.resolve():
+        storage.write_text(copy, results.read_text())
+    places = {name: number for number, name in enumerate(lines, 1)}
+    rows = questions.by_row(asked, lines)
+    verdicts = [claims.judge(claim, rows) for question in asked for claim in question.claims]
+    text = [*_opening(lines, command), *_verdicts(verdicts)]
+    for question in asked:
+        is_run = any(rows[row.name] for row in question.rows)
+        if is_run:
+            draw(question, rows, out / "images" / f"evidence_{question.key}")
+        text += _section(question, rows, places, is_run)
+    storage.write_text(out / "evidence.md", "\n".join(text) + "\n")
+    return verdicts
+
+
+def _opening(lines: Lines, command: str) -> Iterator[str]:
+    each = list(lines.values())
+    hours = sum(line["seconds"] for line in each) / 3600
+    code = ", ".join(sorted({line["code"] for line in each}))
+    machines = ", ".join(sorted({line["machine"] for line in each}))
+    yield "# Evidence"
+    yield ""
+    yield (
+        f"Made by `{command}` from [{len(each)} runs](evidence.jsonl) on {machines}, {hours:.1f} hours in "
+        f"all, code {code}."
+    )
+    yield ""
+    yield (
+        "Figures are top-1 accuracies in per cent on the test part, of the weights that were best on the "
+        "validation part; settings were chosen on the validation part alone. ± is half of the 95 % interval "
+        "over seeds (Student's t). Each figure links to its line in the results, which has the command that "
+        "makes it again."
+    )
+    yield ""
+
+
+def _verdicts(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    told = [verdict for verdict in verdicts if verdict.word != "not run"]
+    agree = sum(verdict.word == "agrees" for verdict in told)
+    yield "## What the paper says, and what was found"
+    yield ""
+    yield f"{agree} of {len(told)} findings that were tried agree with the paper beyond doubt (95 %)."
+    yield ""
+    yield "| | the paper | here, points | verdict |"
+    yield "|---|---|---|---|"
+    for verdict in verdicts:
+        gain = _gain(verdict.gain) if verdict.gain else ""
+        yield f"| {verdict.claim.text} | {verdict.claim.paper} | {gain} | {verdict.word} |"
+    yield ""
+
+
+def _gain(gain: Interval) -> str:
+    return f"{gain.mean:+.1f} ± {gain.half:.1f}"
+
+
+def _section(
+    question: Question, rows: Mapping[str, Mapping[int, float]], places: Mapping[str, int], is_run: bool
+) -> Iterator[str]:
+    yield f"## {question.title}"
+    yield ""
+    yield question.text
+    yield ""
+    if not is_run:
+        yield "Not run yet."
+        yield ""
+        return
+    yield f"![{question.title}](images/evidence_{question.key}.png)"
+    yield ""
+    has_paper = any(row.paper is not None for row in question.rows)
+    paper = f" the paper ({question.source}) |" if has_paper else ""
+    yield f"| | mean | seeds |{paper}"
+    yield "|---|---|---|" + ("---|" if has_paper else "")
+    for row in question.rows:
+        cells = [row.name, _mean(rows[row.name]), _each(row, rows[row.name], places)]
+        if has_paper:
+            cells.append("" if row.paper is None else f"{row.paper:.1f}")
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+
+
+def _mean(found: Mapping[int, float]) -> str:
+    if not found:
+        return "not run"
+    of_row = claims.interval(list(found.values()))
+    return f"{of_row.mean:.1f}" + (f" ± {of_row.half:.1f}" if math.isfinite(of_row.half) else "")
+
+
+def _each(row: Row, found: Mapping[int, float], places: Mapping[str, int]) -> str:
+    return ", ".join(
+        f"[{found[run.seed]:.1f}](evidence.jsonl#L{places[run.name]})"
+        for run in row.runs
+        if run.seed in found
+    )
+
+
+def check_plotting() -> None:
+    """Refuses to begin what could not be drawn.
+
+    Raises:
+        UserError: no plotting library.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("pictures need matplotlib: EXTRAS=study launch/local.sh study ...")
+
+
+def draw(question: Question, rows: Mapping[str, Mapping[int, float]], path: pathlib.Path) -> None:
+    """Writes PATH.png and PATH.svg: bars with intervals, or curves with bands."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # The same bytes each time, and letters that can be searched.
+    matplotlib.rcParams.update({"svg.hashsalt": "videomae_jax", "svg.fonttype": "none"})
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    shown = [row for row in question.rows if rows[row.name]]
+    means = {row.name: claims.interval(list(rows[row.name].values())) for row in shown}
+    if question.axis:
+        _curves(axes, shown, means)
+        axes.set_xlabel(question.axis)
+    else:
+        _bars(axes, shown, means, rows)
+    axes.set_ylabel("top-1, %")
+    axes.set_title(question.title, fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+        figure.savefig(os.fspath(path.with_suffix(suffix)), dpi=110, metadata=metadata)
+    pyplot.close(figure)
+
+
+def _half(found: Interval) -> float:
+    return found.half if math.isfinite(found.half) else 0.0
+
+
+def _curves(axes: Any, shown: Sequence[Row], means: Mapping[str, Interval]) -> None:
+    for series in dict.fromkeys(row.series for row in shown):
+        points = sorted(
+            ((row.x or 0.0, means[row.name]) for row in shown if row.series == series),
+            key=lambda point: point[0],
+        )
+        places = [x for x, _ in points]
+        centre = [found.mean for _, found in points]
+        low = [max(found.mean - _half(found), 0.0) for _, found in points]
+        high = [min(found.mean + _half(found), 100.0) for _, found in points]
+        (line,) = axes.plot(places, centre, marker="o", label=series)
+        axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set_xscale("log")
+    ticks = sorted({row.x for row in shown if row.x is not None})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    if len({row.series for row in shown}) > 1:
+        axes.legend(frameon=False)
+
+
+def _bars(
+    axes: Any,
+    shown: Sequence[Row],
+    means: Mapping[str, Interval],
+    rows: Mapping[str, Mapping[int, float]],
+) -> None:
+    for place, row in enumerate(shown):
+        found = means[row.name]
+        axes.barh(place, found.mean, xerr=_half(found), color="tab:blue", alpha=0.6, capsize=3)
+        axes.plot(list(rows[row.name].values()), [place] * found.count, "k.", markersize=4)
+    axes.set_yticks(range(len(shown)), [row.name for row in shown])
+    axes.invert_yaxis()
+    axes.set_xlabel("top-1, %")

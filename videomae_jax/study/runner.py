@@ -1,0 +1,286 @@
+"""Carries out a plan of runs: each an ordinary `train`, several at once, resumable, one line of results."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import queue
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from videomae_jax import storage
+from videomae_jax.config import UserError
+from videomae_jax.data import processes
+
+RESULTS = "results.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        name: its folder, and what other runs call it.
+        config: file and argument, as of `--config`.
+        edits: (key, value), as of `--config.KEY=VALUE`.
+        seed: of the run; of what it starts from too.
+        start: name of the run whose weights it begins with; "": none.
+        teacher: name of the run that it learns from; "": none.
+    """
+
+    name: str
+    config: str
+    edits: tuple[tuple[str, Any], ...]
+    seed: int
+    start: str = ""
+    teacher: str = ""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the runs that come before it."""
+        return tuple(filter(None, (self.start, self.teacher)))
+
+    def flags(self, workdir: pathlib.Path) -> list[str]:
+        """What `train` is called with."""
+        edits = [*self.edits, ("seed", self.seed)]
+        edits += [("init_from", str(workdir / self.start))] if self.start else []
+        edits += [("teacher", str(workdir / self.teacher))] if self.teacher else []
+        return [
+            f"--config={self.config}",
+            *(f"--config.{key}={value}" for key, value in edits),
+            f"--workdir={workdir / self.name}",
+        ]
+
+
+class Results:
+    """The lines of results.jsonl, by run; a line is written when its run has ended."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.lines: dict[str, dict[str, Any]] = {}
+        for number, line in enumerate(lines, 1):
+            try:
+                found = json.loads(line)
+            except json.JSONDecodeError:
+                raise UserError(
+                    f"{path}:{number} is no JSON: remove the line, and its run is made again"
+                ) from None
+            self.lines[found["run"]] = found
+        self._writing = threading.Lock()
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Keeps a line, whole or not at all."""
+        with self._writing:
+            self.lines[line["run"]] = line
+            storage.write_text(self.path, "".join(json.dumps(kept) + "\n" for kept in self.lines.values()))
+
+
+def score(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a run that a study compares, by name; accuracies are shares."""
+    found = {}
+    if summary.get("reconstruction"):
+        found["psnr"] = summary["reconstruction"]["psnr_hidden"]
+    for kind in ("test", "evaluation"):
+        tested = summary.get(kind) or {}
+        tested = tested.get("best", tested)
+        if "top1" in tested:
+            found["top1"] = tested["top1"]
+    return found
+
+
+def code_version() -> str:
+    """The commit of this checkout, with "+" where it has been changed since; the release without one."""
+    root = pathlib.Path(__file__).parents[2]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found.returncode == 0 else metadata.version("videomae_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A share of the machine that one run at a time has; `device` is its kind, in words."""
+
+    device: str
+    environment: Mapping[str, str]
+    cores: frozenset[int]
+
+
+def slots(count: int) -> list[Slot]:
+    """Divides the machine: by GPUs where JAX finds some, else by cores.
+
+    Args:
+        count: runs at once; 0: four on each GPU, which models this small do not fill, or one on each core.
+    """
+    question = (
+        "import jax; d = jax.devices(); print(); print(len(d)); print(d[0].platform); print(d[0].device_kind)"
+    )
+    asked = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise UserError(f"JAX finds no device: {asked.stderr.strip().splitlines()[-1]}")
+    devices, backend, kind = asked.stdout.splitlines()[-3:]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if backend == "cpu":
+        count = count or processes.usable_cores()
+        kind = f"{processes.usable_cores()} CPU cores"
+        return [Slot(kind, {}, frozenset(cores[i::count] or cores)) for i in range(count)]
+    count, gpus = count or 4 * int(devices), int(devices)
+    share = f"{0.9 / -(-count // gpus):.3f}"
+    return [
+        Slot(
+            f"{gpus} x {kind}",
+            {"CUDA_VISIBLE_DEVICES": str(i % gpus), "XLA_PYTHON_CLIENT_MEM_FRACTION": share},
+            frozenset(cores[i::count] or cores),
+        )
+        for i in range(count)
+    ]
+
+
+class Runner:
+    """Carries out runs in an order that their needs allow.
+
+    Args:
+        workdir: folder of all runs, and of results.jsonl.
+        scale: kept in every line.
+    """
+
+    def __init__(self, workdir: pathlib.Path, scale: str):
+        self.workdir, self.scale = workdir, scale
+        workdir.mkdir(parents=True, exist_ok=True)
+        self.results = Results(workdir / RESULTS)
+        self.failed: dict[str, str] = {}
+        self._processes: set[subprocess.Popen] = set()
+        self._stopped = threading.Event()
+        self._code, self._machine = code_version(), ""
+
+    def run(self, runs: Sequence[Run], machine: Sequence[Slot]) -> None:
+        """Carries out what has no result yet.
+
+        Raises:
+            UserError: runs that failed, after all others; naming the log of the first.
+        """
+        waiting = [run for run in runs if run.name not in self.results.lines]
+        self._machine = machine[0].device
+        total, started = len(waiting), time.time()
+        print(f"{len(runs)} runs, {total} to do, {len(machine)} at once", flush=True)
+        free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        for slot in machine:
+            free.put(slot)
+        with concurrent.futures.ThreadPoolExecutor(len(machine)) as pool:
+            active: dict[concurrent.futures.Future, Run] = {}
+            try:
+                while waiting or active:
+                    for run in [run for run in waiting if self._is_ready(run)][: len(machine) - len(active)]:
+                        waiting.remove(run)
+                        active[pool.submit(self._carry_out, run, free)] = run
+                    if not active:
+                        break
+                    done, _ = concurrent.futures.wait(active, return_when="FIRST_COMPLETED")
+                    for future in done:
+                        run = active.pop(future)
+                        future.result()
+                        self._tell(run, total - len(waiting) - len(active), total, started)
+            except BaseException:
+                self.stop()
+                raise
+        for run in waiting:
+            self.failed[run.name] = f"{' and '.join(run.needs)} failed"
+        if self.failed:
+            name, reason = next(iter(self.failed.items()))
+            raise UserError(
+                f"{len(self.failed)} of {len(runs)} runs failed, first {name}: {reason}; see "
+                f"{self.workdir / name}.log; the same command tries them again"
+            )
+
+    def _is_ready(self, run: Run) -> bool:
+        return all(name in self.results.lines for name in run.needs)
+
+    def stop(self) -> None:
+        """Ends the runs that are on; each saves a checkpoint first."""
+        self._stopped.set()
+        for process in list(self._processes):
+            process.terminate()
+
+    def _tell(self, run: Run, done: int, total: int, started: float) -> None:
+        if run.name in self.failed:
+            print(f"{done}/{total}  {run.name}: failed: {self.failed[run.name]}", flush=True)
+            return
+        line = self.results.lines[run.name]
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in line["figures"].items())
+        left = (time.time() - started) / done * (total - done) / 60
+        print(
+            f"{done}/{total}  {run.name}: {figures}  {line['seconds']} s  about {left:.0f} min left",
+            flush=True,
+        )
+
+    def _carry_out(self, run: Run, free: "queue.SimpleQueue[Slot]") -> None:
+        """One run in a process of its own, with a share of the machine."""
+        if self._stopped.is_set():
+            return
+        slot, started = free.get(), time.time()
+        try:
+            status = self._train(run, slot)
+        finally:
+            free.put(slot)
+        path = self.workdir / run.name / "summary.json"
+        summary = json.loads(path.read_text()) if path.exists() else {"interrupted": True}
+        if status or summary.get("interrupted"):
+            lines = (self.workdir / f"{run.name}.log").read_text().strip().splitlines()
+            self.failed[run.name] = lines[-1] if lines else f"exit status {status}"
+            return
+        self.results.add(self._line(run, summary, round(time.time() - started)))
+
+    def _train(self, run: Run, slot: Slot) -> int:
+        command = [sys.executable, "-m", "videomae_jax", "train", *run.flags(self.workdir)]
+        log = self.workdir / f"{run.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as out:
+            out.write(f"$ {shlex.join(['launch/local.sh', *command[3:]])}\n")
+            out.flush()
+            process = subprocess.Popen(
+                [sys.executable, "-c", _ON_CORES, ",".join(map(str, sorted(slot.cores))), *command[1:]],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **slot.environment},
+                start_new_session=True,  # Ctrl-C reaches it once, by `stop`
+            )
+            self._processes.add(process)
+            try:
+                return process.wait()
+            finally:
+                self._processes.discard(process)
+
+    def _line(self, run: Run, summary: Mapping[str, Any], seconds: int) -> dict[str, Any]:
+        of_run = json.loads((self.workdir / run.name / "config.json").read_text())
+        # Folders have other names elsewhere.
+        of_run["config"] |= {"init_from": run.start, "teacher": run.teacher}
+        text = json.dumps(of_run["config"], sort_keys=True)
+        return {
+            "run": run.name,
+            "scale": self.scale,
+            "seed": run.seed,
+            "command": shlex.join(["train", *run.flags(pathlib.Path("RUNS"))]),
+            "figures": score(summary),
+            "seconds": seconds,
+            "config_hash": hashlib.sha256(text.encode()).hexdigest()[:12],
+            "data_hash": of_run["data"][:12],
+            "code": self._code,
+            "machine": self._machine,
+        }
+
+
+# Runs `python ARGUMENTS` on some of the cores: XLA and the loader take as many threads as they may use.
+_ON_CORES = """
+import os, sys
+if sys.argv[1] and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
