@@ -3,10 +3,10 @@
     .venv/bin/python benchmarks/one_slice.py --workdir=runs/one_slice
     .venv/bin/python benchmarks/one_slice.py --config=small --workdir=runs/one_slice
 
-The second model is trained on clips of a single tubelet's frames, four (or more) times as many of them a
-step: as many tokens, predicted as often, and none can look at another time. Where it fills in hidden places as
-well as the full model, nothing about motion need be learnt. PSNR of held-out videos, mean loss of the last
-sixth. Prints one table and one JSON line. A finished run is not repeated.
+The second model is trained on clips of a single tubelet's frames, as many times more of them a step: as many
+tokens, predicted as often, and none can look at another time. Where it fills in hidden places as well as the
+full model, nothing about motion need be learnt. PSNR of held-out videos, mean loss of the last sixth. Prints
+one table and one JSON line. A finished run is not repeated.
 """
 
 import argparse
