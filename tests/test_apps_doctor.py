@@ -1,17 +1,20 @@
 """The doctor: every check on this machine, and what it says of broken ones."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
+from videomae_jax import pages
 from videomae_jax.apps import doctor
 from videomae_jax.data import decode
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
+    monkeypatch.setenv(pages.SETTING, "glibc.malloc.hugetlb=1")
     monkeypatch.setattr(doctor, "_seconds", lambda step, *arguments: (step(*arguments), 1e-3)[1])
 
 
@@ -84,3 +87,26 @@ def test_the_command_fails_where_something_must_be_mended(tmp_path):
         "data"
     ] == "fix"
     assert "Traceback" not in done.stderr
+
+
+def test_commands_take_huge_pages_unless_told_otherwise():
+    """The process is replaced once, before JAX is imported, and keeps its command line."""
+    code = "import os, sys; from videomae_jax import pages; pages.begin_again(); "
+    code += "print(os.getpid(), os.environ['GLIBC_TUNABLES'], sys.argv, 'jax' in sys.modules)"
+    plain = {name: value for name, value in os.environ.items() if name != pages.SETTING}
+    for environment, wanted in ((plain, "glibc.malloc.hugetlb=1"), (plain | {pages.SETTING: "x=1"}, "x=1")):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "an argument"], env=environment, text=True, stdout=subprocess.PIPE
+        )
+        found = process.communicate()[0].strip()
+        assert found == f"{process.pid} {wanted} ['-c', 'an argument'] False"
+
+
+def test_missing_huge_pages_are_told(tmp_path, monkeypatch):
+    monkeypatch.setenv(pages.SETTING, "x=1")
+    assert "set GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in pages.trouble()
+    monkeypatch.setenv(pages.SETTING, "glibc.malloc.hugetlb=1")
+    monkeypatch.setattr(pages, "_KERNEL", tmp_path / "enabled")
+    for text, is_wrong in (("always [madvise] never", False), ("always madvise [never]", True)):
+        (tmp_path / "enabled").write_text(text)
+        assert ("write madvise into" in pages.trouble()) == is_wrong

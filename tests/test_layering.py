@@ -17,6 +17,7 @@ MAY = {
     "keys": set(),
     "config": {"keys"},
     "hardware": set(),
+    "pages": set(),
     "sharding": set(),
     "storage": set(),
     "models": {"models"},
@@ -26,7 +27,7 @@ MAY = {
     "interop": {"interop", "models", "storage"},
     "apps": {
         *("apps", "config", "data", "evaluation", "hardware", "hosts", "interop", "models", "sharding"),
-        "storage",
+        *("pages", "storage"),
     },
     "training": {
         *("training", "apps", "config", "data", "evaluation", "hardware", "hosts", "interop", "keys"),
@@ -41,7 +42,7 @@ MAY = {
         *("tasks", "training", "apps", "config", "data", "evaluation", "hosts", "interop", "sharding"),
         *("storage", "study"),
     },
-    "cli": {"commands", "config", "data", "evaluation", "interop"},
+    "cli": {"commands", "pages", "config", "data", "evaluation", "interop"},
     "__main__": {"cli"},
     "__init__": {"interop", "models"},
 }

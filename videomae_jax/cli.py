@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from videomae_jax import pages
 from videomae_jax.commands import COMMANDS
 
 _USAGE = """usage: python -m videomae_jax COMMAND [--flag=value ...]
@@ -24,6 +25,7 @@ _USAGE = """usage: python -m videomae_jax COMMAND [--flag=value ...]
   prepare      SRC DST                                     videos to shards that are fast to read; --check
   doctor       --data=PATH --workdir=DIR                   what this machine has, and whether it works
   plan         --config=... --topology=v5e:4x4             compiles for devices that are not there; bounds
+  study        --scale=smoke|laptop|gpu --workdir=DIR      the paper's questions as runs; docs/evidence.md
 
 COMMAND --help lists its flags; --debug shows the traceback of an error."""
 
@@ -123,6 +125,7 @@ def _process_start() -> float:
 
 def entry() -> None:
     """The console script."""
+    pages.begin_again()
     status = main(_process_start())
     sys.stdout.flush()
     sys.exit(status)

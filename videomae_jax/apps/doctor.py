@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from videomae_jax import hardware, hosts, storage
+from videomae_jax import hardware, hosts, pages, storage
 from videomae_jax.data import decode, prepared, processes, reading
 from videomae_jax.models import attention
 from videomae_jax.storage import Place
@@ -93,6 +93,8 @@ def _memory() -> Iterator[tuple[str, str]]:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     text = f"{total:.0f} GiB on this host, {free:.0f} free; {processes.usable_cores()} usable cores"
+    if slow := pages.trouble():
+        yield "warning", f"{slow}; steps on a CPU and decoded clips take a third more time without"
     is_small = total < _MEMORY_GIB
     yield ("warning", f"{text}: use fewer loader processes (data.workers)") if is_small else ("ok", text)
 
