@@ -24,11 +24,13 @@ setup(
         "jaxtyping>=0.3",
         "ml-collections>=1.1",
         "numpy>=2",
+        "opencv-python-headless>=4.10,<5",  # 5 has no people detector
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
         "pyarrow>=14",
         "safetensors>=0.4",
+        "simplejpeg>=1.8",
         "tensorboardX>=2.6.4",
         "tensorflow-datasets>=4.9.8",
         "tqdm>=4.66",
@@ -38,8 +40,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "plan": ["jax[tpu]"],  # the TPU compiler needs no TPU; for GPUs `cuda` too
-        "detect": ["opencv-python-headless>=4.10,<5"],  # 5 has no people detector
-        "onnx": ["onnxruntime>=1.20", "opencv-python-headless>=4.10,<5"],
+        "onnx": ["onnxruntime>=1.20"],
         "beam": ["apache-beam>=2.70"],  # pins older libraries: an environment of its own
         "study": ["matplotlib>=3.8", "scikit-learn>=1.4"],
         "viz": ["tensorboard"],
@@ -50,7 +51,6 @@ setup(
             "matplotlib>=3.8",
             "onnx>=1.17",
             "onnxruntime>=1.20",
-            "opencv-python-headless>=4.10,<5",
             "pyright[nodejs]>=1.1.390",
             "pytest>=8",
             "pytest-xdist>=3.6",

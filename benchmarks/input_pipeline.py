@@ -32,6 +32,7 @@ from videomae_jax.data import (
     prepare,
     prepared,
     processes,
+    reading,
     rgb,
     sampling,
     sources,
@@ -72,7 +73,7 @@ def stored(source: sources.Source, original: pathlib.Path) -> tuple[float, float
     """(bytes, as a multiple of the original's; PSNR against it in dB, of the RGB frames at its size)."""
     data = source[0]["video"]
     data = data if isinstance(data, bytes) else pathlib.Path(data).read_bytes()
-    with decode.Video(original) as video, decode.Video(data) as ours:
+    with decode.Video(original) as video, reading.open_video(data) as ours:
         wanted = range(0, video.num_frames, max(video.num_frames // 50, 1))
         expected, found = video.read(wanted), ours.read(wanted)
     if expected.shape != found.shape:
@@ -119,7 +120,7 @@ def stages(source: sources.Source) -> dict[str, Callable[[], Any]]:
         return source[next(turn)]
 
     def decoded() -> Any:
-        with pipeline.reading.open_video(read()["video"]) as video:
+        with reading.open_video(read()["video"]) as video:
             wanted = sampling.pretrain_clip(video.num_frames, CLIP.frames, CLIP.stride, rng)
             return video.read(wanted, boxes)
 
@@ -183,6 +184,7 @@ def compare(video: pathlib.Path, rounds: int, clips: int, folder: pathlib.Path) 
     for name, taken in samples.items():
         middle = {key: statistics.median(sample[key] for sample in taken) for key in taken[0]}
         size, psnr = stored(found[name], video)
+        record = size * video.stat().st_size / 1e6
         rows.append(
             {
                 "form": name,
@@ -197,6 +199,7 @@ def compare(video: pathlib.Path, rounds: int, clips: int, folder: pathlib.Path) 
                 "clips_per_second_per_core": 1e3 / middle["pipeline"],
                 "cores_for_2000": FEED * middle["pipeline"] / 1e3,
                 "bytes": size,
+                "read_mb": record,
                 "psnr": psnr,
             }
         )

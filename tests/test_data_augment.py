@@ -1,6 +1,7 @@
 """The published multi-scale crop: its candidates, its offsets, and PIL's resampling."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from videomae_jax.data import augment
@@ -49,6 +50,16 @@ def test_resampling_is_pils_anti_aliased_bilinear(rng):
     out = augment.resized_crop(frames, (16, 40, 224, 256), (112, 112))
     expected = Image.fromarray(frames[1]).crop((40, 16, 296, 240)).resize((112, 112), Image.BILINEAR)
     np.testing.assert_array_equal(out[1], np.asarray(expected))
+
+
+@pytest.mark.parametrize("given", [(168, 168), (192, 224), (168, 192), (100, 51), (224, 223)])
+def test_enlarging_is_pils_within_a_grey_level(given, rng):
+    frames = rng.integers(0, 256, (2, 240, 300, 3), dtype=np.uint8)
+    out = augment.resized_crop(frames, (3, 5, *given), (224, 224))
+    image = Image.fromarray(frames[1]).crop((5, 3, 5 + given[1], 3 + given[0]))
+    expected = np.asarray(image.resize((224, 224), Image.BILINEAR)).astype(int)
+    assert np.abs(out[1] - expected).max() <= 1
+    assert (out[1] != expected).any()  # another computation, not PIL again
 
 
 def test_what_lies_outside_the_frame_is_black():

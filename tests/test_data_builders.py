@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from videomae_jax.apps import prepare as command
-from videomae_jax.data import decode, detection_clips, reading, scenes, sources, transcode
+from videomae_jax.data import detection_clips, reading, scenes, sources, transcode
 from videomae_jax.data.builders import BUILDERS
 
 
@@ -166,7 +166,7 @@ def test_official_layout(name, tmp_path):
     for split in builder.info.splits:
         rows = builder.as_data_source(split)
         found[split] = [(rows[i]["id"].decode(), int(rows[i]["label"])) for i in range(len(rows))]
-        with decode.Video(rows[0]["video"]) as stored:
+        with reading.open_video(rows[0]["video"]) as stored:
             assert stored.num_frames == rows[0]["frames"] > 0
     assert found == EXPECTED[name]
     assert builder.info.features["label"].num_classes in (51, 80, 101, 174, 400, 600, 700)
@@ -193,7 +193,7 @@ def test_ava_keeps_boxes_and_cuts_clips(tmp_path):
     assert detection_clips.KeyView(4, 2, (32, 48), 2, 80).map((0, train[0]))["weight"] == 1
     assert (first["timestamp"], first["frames"]) == (4.0, 30)
     # Seconds 2.5 to 5.5: frames 25 to 54, each number shown four times.
-    with decode.Video(first["video"]) as stored:
+    with reading.open_video(first["video"]) as stored:
         assert clips.frame_numbers(stored.read([0, 14, 29])) == [25 // 4, 39 // 4, 54 // 4]
     assert empty["boxes"].shape == (0, 4)
     assert empty["actions"].shape == (0, 80)

@@ -93,7 +93,8 @@ def test_a_stored_file_without_a_sync_table(odd, tmp_path):
 
 
 def test_prepared_files_are_still_read_from_their_index(tmp_path, monkeypatch):
-    made = transcode.transcode(clips.write(tmp_path / "a.mp4", clips.numbered_frames(40)), transcode.Form())
+    path = clips.write(tmp_path / "a.mp4", clips.numbered_frames(40))
+    made = transcode.transcode(path, transcode.Form("h264_intra"))
     demuxed, plain = [], decode._mark
     monkeypatch.setattr(decode, "_mark", lambda packet: demuxed.append(packet) or plain(packet))
     with decode.Video(made.video) as video:
@@ -182,9 +183,9 @@ def test_times_are_told_or_unknown(tmp_path):
         Image.fromarray(frame).save(tmp_path / "frames" / f"{number}.png")
     with reading.open_video(str(tmp_path / "frames")) as video:
         assert (video.fps, video.time_base, video.time_of(3)) == (0.0, None, None)
-    for codec in ("h264_intra", "h264_gop", "mjpeg"):
+    for codec in ("h264_intra", "h264_gop", "mjpeg", "jpeg"):
         made = transcode.transcode(str(tmp_path / "frames"), transcode.Form(codec))
-        with decode.Video(made.video) as video:
+        with reading.open_video(made.video) as video:
             assert (made.fps, video.fps, video.time_of(3)) == (0.0, 0.0, None)
             assert clips.frame_numbers(video.read([1, 5])) == [1, 5]
             with pytest.raises(decode.DecodeError, match="no frame rate"):
@@ -300,13 +301,13 @@ def patches(tmp_path, name: str) -> str:
     return path
 
 
-@pytest.mark.parametrize("codec", ["h264_intra", "h264_gop", "mjpeg"])
+@pytest.mark.parametrize("codec", ["h264_intra", "h264_gop", "mjpeg", "jpeg"])
 @pytest.mark.parametrize("name", ["bt601", "bt709", "bt709 full", "bt2020", "gif", "png"])
 def test_colours_stay_what_they_are(tmp_path, name, codec):
     path = patches(tmp_path, name)
     with reading.open_video(path) as video:
         source = video.read([0])[0].astype(float)
-    with decode.Video(transcode.transcode(path, transcode.Form(codec)).video) as video:
+    with reading.open_video(transcode.transcode(path, transcode.Form(codec)).video) as video:
         stored = video.read([0])[0]
     for top in (8, 40):
         for left in (8, 40, 72):

@@ -19,6 +19,7 @@ from videomae_jax.data import (
     moving_shapes,
     pipeline,
     proposals,
+    reading,
     sampling,
     scenes,
 )
@@ -110,7 +111,7 @@ def test_generated_videos_show_their_boxes(folder):
     """In its box a shape differs from the muted background around it."""
     test = scenes.open_scenes(str(folder), "test")
     record = test[1]
-    with decode.Video(record["video"]) as video:
+    with reading.open_video(record["video"]) as video:
         key = video.index_at(record["scene"].time)
         assert key == 12
         frame = video.read([key])[0].astype(float)

@@ -218,7 +218,7 @@ def _prepare_flags(values: flags.FlagValues) -> None:
     text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_bool
     text("dataset", "video_folder", "Known data set whose annotations SRC holds.", flag_values=values)
     text("videos", "", "Folder of the videos that annotations name; default SRC.", flag_values=values)
-    text("codec", "h264_intra", "h264_intra, h264_gop, mjpeg or keep.", flag_values=values)
+    text("codec", "jpeg", "jpeg, h264_intra, h264_gop, mjpeg or keep.", flag_values=values)
     number("short_side", 256, "Larger frames are shrunk to it, pixels.", flag_values=values)
     number("shard_videos", 256, "Videos per shard.", flag_values=values)
     number("processes", 0, "Encoders; default: the usable cores.", flag_values=values)

@@ -2,7 +2,9 @@
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
+import cv2
 import numpy as np
 from jaxtyping import Float
 
@@ -27,13 +29,13 @@ def opencv() -> Find:
     It finds upright people of 96 pixels and more, seen whole.
 
     Raises:
-        UserError: OpenCV is not installed, or a version without it.
+        UserError: OpenCV is a version without it.
     """
-    cv2 = _module("cv2", "detect")
-    if not hasattr(cv2, "HOGDescriptor"):
-        raise UserError("this OpenCV has no people detector: install a version below 5 (extra [detect])")
-    finder = cv2.HOGDescriptor()
-    finder.setSVMDetector(cv2.HOGDescriptor_getDefaultPeopleDetector())
+    library: Any = cv2  # its types leave the detector out
+    if not hasattr(library, "HOGDescriptor"):
+        raise UserError("this OpenCV has no people detector: install a version below 5")
+    finder = library.HOGDescriptor()
+    finder.setSVMDetector(library.HOGDescriptor_getDefaultPeopleDetector())
 
     def find(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         height, width = frame.shape[:2]
@@ -91,7 +93,6 @@ def onnx(path: str, threshold: float) -> Find:
         ) from None
     source = session.get_inputs()[0]
     side = source.shape[-1] if isinstance(source.shape[-1], int) else 640
-    cv2 = _module("cv2", "detect")
 
     def find(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         height, width = frame.shape[:2]

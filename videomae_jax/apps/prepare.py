@@ -20,7 +20,7 @@ class Options:
 
     dataset: str = "video_folder"
     videos: str = ""
-    codec: str = "h264_intra"
+    codec: str = "jpeg"
     short_side: int = 256
     shard_videos: int = 256
     processes: int = 0

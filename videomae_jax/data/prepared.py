@@ -30,7 +30,7 @@ from videomae_jax.data.sources import (
     split_part,
 )
 
-FORMAT = 2  # 1: the hash knew neither classes nor features, and there were no targets
+FORMAT = 3  # 2: no JPEGs with a table; 1: the hash knew neither classes nor features, there were no targets
 MANIFEST, RECORDS = "manifest.json", "records.csv"
 COLUMNS = ("split", "shard", "position", "id", "label", "frames", "fps", "height", "width", "bytes")
 COLUMNS += ("sha256", "source_sha256", "target")

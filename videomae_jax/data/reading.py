@@ -1,6 +1,5 @@
 """One way to open whatever holds a video: a file, a remote file, bytes of one, or a folder of images."""
 
-import fractions
 import hashlib
 import io
 import os
@@ -8,7 +7,7 @@ import re
 import stat
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import av
@@ -16,13 +15,14 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from videomae_jax.data import decode, rgb
+from videomae_jax.data import decode
+from videomae_jax.data.images import MAGIC, Images, JpegFrames
 from videomae_jax.data.sources import IMAGE_SUFFIXES, SUFFIXES
 from videomae_jax.storage import is_remote
 
 
-class FrameFolder:
-    """A folder of images, one per frame, in the order of the numbers in their names; as `Video`, for reading.
+class FrameFolder(Images):
+    """A folder of images, one per frame, in the order of the numbers in their names.
 
     Raises:
         DecodeError: there is no image in it.
@@ -34,43 +34,14 @@ class FrameFolder:
         if not self._files:
             raise decode.DecodeError(f"{self.name}: has no frames")
 
-    def __enter__(self) -> "FrameFolder":
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        """Nothing is open between reads."""
-
     @property
     def num_frames(self) -> int:
         """Number of images."""
         return len(self._files)
 
-    @property
-    def fps(self) -> float:
-        """0.0: images do not say."""
-        return 0.0
-
-    @property
-    def time_base(self) -> fractions.Fraction | None:
-        """None: images do not say."""
-        return None
-
-    def time_of(self, _index: int) -> fractions.Fraction | None:
-        """None: images do not say."""
-        return None
-
-    def index_at(self, _seconds: float) -> int:
-        """Raises DecodeError: there is no frame rate."""
-        raise decode.DecodeError(f"{self.name}: has no frame rate, so frames cannot be found by time")
-
-    def frames(self, first: int = 0, last: int | None = None) -> Iterator[av.VideoFrame]:
-        """Images [first, last), as `decode.Video.frames`.
-
-        Raises:
-            DecodeError: an image cannot be read.
-        """
-        for index in range(first, self.num_frames if last is None else last):
-            yield av.VideoFrame.from_ndarray(self.read([index])[0], format="rgb24")
+    def where(self, index: int) -> str:
+        """The file."""
+        return str(self._files[index])
 
     def digest(self) -> str:
         """SHA-256 of the images' bytes, one after the other."""
@@ -79,44 +50,17 @@ class FrameFolder:
             total.update(read_bytes(file))
         return total.hexdigest()
 
-    def read(
-        self, indices: Sequence[int] | np.ndarray, choose_box: rgb.ChooseBox | None = None
-    ) -> np.ndarray:
-        """As `decode.Video.read`; images are taken as they are stored (no EXIF turn).
+    def image(self, index: int) -> np.ndarray:
+        """Frame `index`, uint8 RGB [H, W, 3].
 
         Raises:
-            DecodeError: an image cannot be read, or has another size than the first.
-            IndexError: an index is outside 0..num_frames-1.
+            DecodeError: the image cannot be read.
         """
-        wanted = sorted({int(i) for i in indices})
-        if not wanted or wanted[0] < 0 or wanted[-1] >= self.num_frames:
-            raise IndexError(f"{self.name}: frames {wanted} of {self.num_frames}")
-        frames = dict(zip(wanted, self.each(wanted, choose_box), strict=True))
-        return np.stack([frames[int(i)] for i in indices])
-
-    def each(self, wanted: Sequence[int], choose_box: rgb.ChooseBox | None = None) -> Iterator[np.ndarray]:
-        """As `decode.Video.each`.
-
-        Raises:
-            DecodeError: an image cannot be read, or has another size than the first.
-        """
-        box, size = None, None
-        for index in wanted:
-            file = self._files[index]
-            data = read_bytes(file)
-            try:
-                frame = _image(data)
-            except Exception as error:  # what Pillow and libav raise of a broken or huge image is theirs
-                raise decode.DecodeError(f"{file}: cannot be decoded ({error})") from None
-            size = size or frame.shape
-            if frame.shape != size:
-                raise decode.DecodeError(
-                    f"{file}: is {frame.shape[1]}x{frame.shape[0]}, not {size[1]}x{size[0]}"
-                )
-            if choose_box is not None:
-                box = box or choose_box(*frame.shape[:2])
-                frame = rgb.crop(frame, box)
-            yield frame
+        data = read_bytes(self._files[index])
+        try:
+            return _image(data)
+        except Exception as error:  # what Pillow and libav raise of a broken or huge image is theirs
+            raise decode.DecodeError(f"{self.where(index)}: cannot be decoded ({error})") from None
 
 
 def _image(data: bytes) -> np.ndarray:
@@ -131,7 +75,7 @@ def _image(data: bytes) -> np.ndarray:
 
 
 T = TypeVar("T")
-AnyVideo = decode.Video | FrameFolder
+AnyVideo = decode.Video | Images
 
 
 def frame_files(folder: epath.Path) -> list[epath.Path]:
@@ -186,7 +130,7 @@ def open_video(source: str | bytes, name: str = "video") -> AnyVideo:
         DecodeError: it cannot be opened.
     """
     if isinstance(source, bytes):
-        return decode.Video(source, name=name)
+        return JpegFrames(source, name) if source[:8] == MAGIC else decode.Video(source, name=name)
     if not is_remote(source):
         return FrameFolder(source) if os.path.isdir(source) else decode.Video(source)
     if epath.Path(source).suffix.lower() in SUFFIXES:

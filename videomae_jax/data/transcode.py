@@ -19,18 +19,22 @@ import av
 import av.filter
 from av.error import FFmpegError
 
-from videomae_jax.data import decode, reading, rgb
+from videomae_jax.data import decode, images, reading, rgb
 from videomae_jax.data.reading import AnyVideo
 
 # Options of the encoder; one thread and fixed options give the same bytes each time.
 _X264 = {"preset": "fast", "tune": "fastdecode", "aq-mode": "0", **decode.SAME_ON_EVERY_CPU}
 CODECS: dict[str, dict[str, str]] = {
+    "jpeg": {"qmin": "6", "qmax": "6"},
     "h264_intra": {**_X264, "crf": "19", "g": "1"},
     "h264_gop": {**_X264, "crf": "20", "g": "16"},
     "mjpeg": {"qmin": "6", "qmax": "6"},
     "keep": {},
 }
-"""Forms of a prepared video -> options of their encoder; `keep` stores the file's own bytes."""
+"""Forms of a prepared video -> options of their encoder.
+
+`mjpeg` is a file of JPEGs, `jpeg` the same JPEGs as `images` has them; `keep` stores the file's own bytes.
+"""
 
 
 _RGB, _BT601 = 0, 6  # AVColorSpace
@@ -45,13 +49,15 @@ class Form:
         short_side: pixels; larger frames are shrunk to it, smaller ones never enlarged, `keep` is as it was.
     """
 
-    codec: str = "h264_intra"
+    codec: str = "jpeg"
     short_side: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A prepared video, an MP4 file (`keep`: the source's bytes), and what is stored beside it."""
+    """A prepared video, an MP4 file (`jpeg`: see `images`; `keep`: the source's bytes), and what is stored
+    beside it.
+    """
 
     video: bytes
     frames: int
@@ -91,9 +97,23 @@ def _divided(path: str, _version: tuple[int, int] | None, _thread: int) -> tuple
 def _part(video: AnyVideo, digest: str, form: Form, first: int, last: int) -> Encoded:
     try:
         encoded, height, width = _encode(video, first, last, form)
+        if form.codec == "jpeg":
+            encoded = _unpacked(video, encoded, (height, width))
     except (FFmpegError, ValueError) as error:
         raise decode.DecodeError(f"{video.name}: cannot be encoded as {form.codec} ({error})") from None
     return Encoded(encoded, last - first, video.fps, height, width, digest)
+
+
+def _unpacked(video: AnyVideo, mp4: bytes, size: tuple[int, int]) -> bytes:
+    """The JPEGs of a file of them, with their times, as `images` has them."""
+    with av.open(io.BytesIO(mp4), "r") as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        ticks = container.streams.video[0].time_base
+        assert ticks is not None
+        tick = fractions.Fraction(ticks.numerator, ticks.denominator)
+    times = [packet.pts or 0 for packet in packets]
+    rate = fractions.Fraction(video.fps).limit_denominator(1 << 16)
+    return images.pack([bytes(p) for p in packets], times, size, tick if video.time_base else None, rate)
 
 
 def _span(video: AnyVideo, start: float | None, end: float | None) -> tuple[int, int]:
@@ -134,7 +154,7 @@ def _encode(video: AnyVideo, first: int, last: int, form: Form) -> tuple[bytes, 
     buffer = io.BytesIO()
     frames = _verified(video, first, last)
     sample = next(frames)
-    is_jpeg = form.codec == "mjpeg"
+    is_jpeg = form.codec in ("mjpeg", "jpeg")
     is_full_range = is_jpeg or sample.color_range == 2 or sample.format.name.startswith("yuvj")
     pixels = "yuvj420p" if is_full_range else "yuv420p"
     # JPEG has one matrix, and RGB none: both become BT.601, as readers take them.
