@@ -48,22 +48,22 @@ def resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Where nothing becomes smaller by OpenCV, a sixth of the time and within one grey level of PIL: there is
     nothing to smooth then. Its bytes do not depend on the processor (whole numbers).
     """
-    if frames.shape[1:3] == size:
-        return frames
-    out = np.empty((len(frames), *size, frames.shape[-1]), np.uint8)
-    if frames.shape[1] <= size[0] and frames.shape[2] <= size[1]:
-        for frame, target in zip(frames, out, strict=True):
-            cv2.resize(frame, (size[1], size[0]), dst=target, interpolation=cv2.INTER_LINEAR)
-        return out
-    for frame, target in zip(frames, out, strict=True):
-        image = Image.fromarray(frame).resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        target[:] = np.asarray(image)
-    return out
+    return frames if frames.shape[1:3] == size else resized_crop(frames, (0, 0, *frames.shape[1:3]), size)
 
 
 def resized_crop(frames: np.ndarray, box: rgb.Box, size: tuple[int, int]) -> np.ndarray:
     """Crops uint8 [T, H, W, 3] to `box` and resizes to `size`; what lies outside the frame is black."""
-    return resize(np.stack([rgb.crop(frame, box) for frame in frames]), size)
+    out = np.empty((len(frames), *size, frames.shape[-1]), np.uint8)
+    for frame, target in zip(frames, out, strict=True):
+        part = rgb.crop(frame, box)
+        if part.shape[:2] == size:
+            target[:] = part
+        elif part.shape[0] <= size[0] and part.shape[1] <= size[1]:
+            cv2.resize(part, (size[1], size[0]), dst=target, interpolation=cv2.INTER_LINEAR)
+        else:
+            image = Image.fromarray(part).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+            target[:] = np.asarray(image)
+    return out
 
 
 def centre_crop(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
