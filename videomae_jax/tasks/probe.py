@@ -21,7 +21,7 @@ from videomae_jax.interop import weights
 from videomae_jax.models import heads
 from videomae_jax.storage import Place
 from videomae_jax.tasks import backbone, features
-from videomae_jax.training import compute, optim, report, splits
+from videomae_jax.training import compute, loop, optim, report, splits
 
 KINDS = ("knn", "linear", "attentive")
 
@@ -54,6 +54,7 @@ def run(config: Config, workdir: Place, started: float) -> dict[str, Any]:
         per_token=kind == "attentive",
     )
     videos = splits.open_splits(config)
+    report.write_json(workdir / "config.json", loop.identity(config, videos.train))
     clip = (config.data.frames, config.data.stride, tuple(config.data.size))
     views = pipeline.TestViews(*clip, config.evaluate.segments, 1)
     report.say(

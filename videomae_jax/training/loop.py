@@ -108,6 +108,11 @@ def check_parts(config: Config, task: Task, mesh: jax.sharding.Mesh) -> None:
     task.check_batch(config, mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate)
 
 
+def identity(config: Config, source: Source) -> dict[str, Any]:
+    """What config.json says: the settings of a run, and which videos it was trained on."""
+    return {"config": config.to_dict(), "data": source.fingerprint(), "videos": len(source)}
+
+
 def _claim(workdir: Place, config: Config, source: Source) -> None:
     """Makes the work folder this run's, or checks that it already is.
 
@@ -116,7 +121,7 @@ def _claim(workdir: Place, config: Config, source: Source) -> None:
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
-    ours = {"config": config.to_dict(), "data": source.fingerprint(), "videos": len(source)}
+    ours = identity(config, source)
     if export.newest_step(workdir / "checkpoints") is None:
         if hosts.is_writer():
             report.write_json(path, ours)  # nothing saved yet, nothing to protect
