@@ -31,7 +31,7 @@ def run(scale: str, workdir: pathlib.Path, at_once: int) -> None:
         raise UserError(f"{workdir} has results of --scale={min(others)}: use another --workdir")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     work.run(plan.runs, runner.slots(at_once))
-    tell(report.write(plan.questions, work.results.path, workdir, f"study --scale={scale}"))
+    tell(report.write(plan, work.results.path, workdir, f"study --scale={scale}"))
     print(f"report: {workdir / 'evidence.md'}")
 
 
@@ -47,7 +47,7 @@ def show(source: str, out: str) -> None:
     if not lines:
         raise UserError(f"--report={source}: no results; name the --workdir of a study, or its results file")
     scale = collections.Counter(line["scale"] for line in lines.values()).most_common(1)[0][0]
-    tell(report.write(_plan(scale).questions, results, pathlib.Path(out), f"study --scale={scale}"))
+    tell(report.write(_plan(scale), results, pathlib.Path(out), f"study --scale={scale}"))
     print(f"report: {pathlib.Path(out) / 'evidence.md'}")
 
 
