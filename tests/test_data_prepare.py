@@ -543,3 +543,13 @@ def test_a_part_of_a_video(tmp_path):
         assert clips.frame_numbers(reading.open_video(part.video).read(range(part.frames))) == list(expected)
     with pytest.raises(decode.DecodeError, match=r"ends before second 3\.5"):
         transcode.transcode(path, transcode.Form(), 3.5, 4.0)
+
+
+def test_a_folder_of_the_format_before_is_gone_on_with(videos, tmp_path):
+    """Only the form that is new needs a new version to be read."""
+    for codec, known in (("h264_intra", 2), ("jpeg", 3)):
+        run(videos, tmp_path / codec, codec=codec)
+        assert prepared.read_manifest(str(tmp_path / codec))["format"] == known
+    before = (tmp_path / "h264_intra" / "manifest.json").read_bytes()
+    run(videos, tmp_path / "h264_intra", codec="h264_intra")
+    assert (tmp_path / "h264_intra" / "manifest.json").read_bytes() == before

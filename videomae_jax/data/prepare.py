@@ -82,7 +82,8 @@ class Job:
         """What must be the same for a rerun."""
         form = dataclasses.asdict(self.form)
         return {
-            "format": prepared.FORMAT,
+            # Of other forms a folder is what it was in format 2, and can be gone on with.
+            "format": prepared.FORMAT if self.form.codec == "jpeg" else 2,
             "name": self.collection.name,
             **form,
             "shard_videos": self.shard_videos,
@@ -319,7 +320,7 @@ def finished(job: Job, retry_failed: bool = False) -> dict[str, Any] | None:
         return None
     manifest = prepared.read_manifest(job.folder)
     # A folder of format 1 has no way to tell, nor is it written again by this version.
-    failed = manifest["failed"] if manifest["format"] == prepared.FORMAT else []
+    failed = manifest["failed"] if manifest["format"] > 1 else []
     if any(retry_failed or not failure["is_final"] for failure in failed):
         rows = prepared.read_rows(job.folder)
         for shard in job.shards():
