@@ -49,7 +49,8 @@ def done(videos, tmp_path_factory) -> pathlib.Path:
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_a_manifest(done, videos):
@@ -75,6 +76,18 @@ def test_tfds_opens_it_by_its_ordinary_api(done, videos):
     assert (record["height"], record["width"]) == (32, 48)
     with reading.open_video(record["video"]) as video:
         assert video.num_frames == 12
+
+
+def test_tfds_finds_it_by_name(done):
+    import tensorflow_datasets as tfds
+
+    name = prepared.read_manifest(str(done))["name"]
+    found, direct = (
+        tfds.data_source(name, data_dir=done, split="train"),
+        tfds.builder_from_directory(done).as_data_source("train"),
+    )
+    assert [record["id"] for record in found] == [record["id"] for record in direct]
+    assert tfds.builder(name, data_dir=done).info.features["label"].names == ["run", "walk"]
 
 
 @pytest.mark.parametrize("codec", transcode.CODECS)
@@ -200,8 +213,7 @@ def test_a_shard_that_is_written_is_not_written_again(done, videos, tmp_path, mo
 
 
 def test_damage_is_found_and_named(done, tmp_path, capsys):
-    for path in done.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
     run_check = command.Options(check=True)
     command.run("-", str(tmp_path), run_check)
     assert "all 10 records are as written" in capsys.readouterr().out

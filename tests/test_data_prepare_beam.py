@@ -19,7 +19,7 @@ def test_several_workers_give_the_same_bytes(tmp_path, real_videos):
             words.append(f"--beam_options={' '.join(extra)} --direct_running_mode=multi_processing")
         subprocess.run(words, check=True, cwd=ROOT)
     plain, beam = (
-        {path.name: path.read_bytes() for path in pathlib.Path(tmp_path, name).iterdir()}
+        {path.name: path.read_bytes() for path in pathlib.Path(tmp_path, name).rglob("*") if path.is_file()}
         for name in ("plain", "beam")
     )
     assert plain == beam

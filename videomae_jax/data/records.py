@@ -1,11 +1,13 @@
 """A prepared record as TFDS has it: its features, its bytes, and the metadata of a folder of shards."""
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from videomae_jax import storage
 from videomae_jax.data import transcode
 from videomae_jax.data.collection import Collection, Entry
 
@@ -60,7 +62,11 @@ def serialize(features: Any, collection: Collection, entry: Entry, video: transc
 def write_metadata(
     collection: Collection, folder: str, lengths: dict[str, list[int]], rows: list[dict[str, Any]]
 ) -> None:
-    """Writes what TFDS reads of a folder of shards; `lengths` are theirs, by split."""
+    """Writes what TFDS reads of a folder of shards; `lengths` are theirs, by split.
+
+    Once beside them, for `builder_from_directory(folder)`, and once in NAME/VERSION, where `tfds.load` and
+    `tfds.data_source(NAME, data_dir=folder)` look. Stores (gs://) do not know "..": there only the first.
+    """
     import tensorflow_datasets as tfds
 
     splits = [
@@ -84,3 +90,12 @@ def write_metadata(
     info.set_file_format("array_record")
     info.set_splits(tfds.core.SplitDict(splits))
     info.write_to_directory(folder)
+    if not storage.is_remote(folder):
+        place = storage.at(folder)
+        about = json.loads((place / "dataset_info.json").read_text())
+        for split in about["splits"]:
+            split["filepathTemplate"] = f"../../{split['filepathTemplate']}"
+        named = place / collection.name / about["version"]
+        storage.write_text(named / "dataset_info.json", json.dumps(about, indent=2))
+        for file in ("features.json", *(path.name for path in place.glob("*.labels.txt"))):
+            storage.write_text(named / file, (place / file).read_text())
