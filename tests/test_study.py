@@ -3,8 +3,10 @@
 import json
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, load_config
@@ -232,3 +234,24 @@ def test_the_smallest_study_by_its_command(tmp_path):
     assert len({line["config_hash"] for line in lines}) == 18
     assert {line["scale"] for line in lines} == {"smoke"}
     assert (tmp_path / "evidence.md").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_study_and_its_runs_where_ctrl_c_is_ignored(tmp_path):
+    """As in the background of a script; nothing of it stays behind."""
+    command = [sys.executable, "-m", "videomae_jax", "study", "--scale=smoke", f"--workdir={tmp_path}"]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    while not list(tmp_path.glob("*.log")):
+        assert process.poll() is None
+        time.sleep(0.2)
+    time.sleep(3)
+    process.terminate()
+    assert "the same command resumes" in process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    assert subprocess.run(["pgrep", "-f", f"workdir={tmp_path}"], check=False).returncode == 1

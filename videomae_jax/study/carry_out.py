@@ -29,7 +29,8 @@ def run(scale: str, workdir: pathlib.Path, at_once: int) -> None:
     others = {line["scale"] for line in work.results.lines.values()} - {scale}
     if others:
         raise UserError(f"{workdir} has results of --scale={min(others)}: use another --workdir")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # Also where Ctrl-C is ignored, as in the background of a script.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     work.run(plan.runs, runner.slots(at_once))
     tell(report.write(plan, work.results.path, workdir, f"study --scale={scale}"))
     print(f"report: {workdir / 'evidence.md'}")
