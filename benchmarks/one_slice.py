@@ -32,6 +32,8 @@ def run(name: str, steps: int, seed: int, slices: int, workdir: pathlib.Path) ->
         kind = "one slice"
     folder = workdir / f"{name}_{kind.replace(' ', '_')}_{steps}_{seed}"
     summary = train(config, folder)
+    if summary["interrupted"]:
+        raise SystemExit(f"{folder} was interrupted: remove its summary.json, then the same command goes on")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["step"] > steps * 5 // 6]
     return {

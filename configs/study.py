@@ -24,7 +24,7 @@ def get_config(arg: str | None = None):
     if arg.stage not in _STAGES:
         raise config.UserError(f"stage={arg.stage} is unknown: use {', '.join(_STAGES)}")
     for name in ("labels", "steps"):
-        if not arg[name].isdecimal() and arg[name]:
+        if not arg[name].isdecimal() and (arg[name] or name == "labels"):
             raise config.UserError(f"{name}={arg[name]} is no number")
     c = config.defaults()
     c.data.path = "moving_digits"

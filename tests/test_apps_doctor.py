@@ -104,7 +104,7 @@ def test_commands_take_huge_pages_unless_told_otherwise():
 
 def test_missing_huge_pages_are_told(tmp_path, monkeypatch):
     monkeypatch.setenv(pages.SETTING, "x=1")
-    assert "set GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in pages.trouble()
+    assert "add glibc.malloc.hugetlb=1 to GLIBC_TUNABLES" in pages.trouble()
     monkeypatch.setenv(pages.SETTING, "glibc.malloc.hugetlb=1")
     monkeypatch.setattr(pages, "_KERNEL", tmp_path / "enabled")
     for text, is_wrong in (("always [madvise] never", False), ("always madvise [never]", True)):

@@ -293,6 +293,8 @@ def _study(values: Any, _arguments: list[str], _started: float) -> None:
         raise flags.Error(f"--processes={values.processes} must be 0 or more")
     if values.report is not None:
         carry_out.show(values.report, values.out)
+    elif values.workdir is not None and storage.is_remote(values.workdir):
+        raise flags.Error(f"--workdir={values.workdir}: a study's folder is of this machine")
     elif values.workdir is None:
         raise flags.Error("study needs --workdir=... to run, or --report=WORKDIR to report")
     else:

@@ -4,6 +4,7 @@ The C library reads its setting when a process starts, so a command replaces its
 with the setting. Processes that it starts inherit it.
 """
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -14,11 +15,16 @@ _KERNEL = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def begin_again() -> None:
-    """Replaces this process by itself with huge pages: on Linux, unless the user has set something."""
-    if sys.platform != "linux" or SETTING in os.environ:
+    """Replaces this process by itself with huge pages: on Linux, unless the user has set something.
+
+    Not within another program: a notebook, an interpreter that is part of one.
+    """
+    is_guest = not sys.executable or "ipykernel" in sys.modules
+    if sys.platform != "linux" or SETTING in os.environ or is_guest:
         return
     os.environ[SETTING] = _WANTED
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    with contextlib.suppress(OSError):
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def trouble() -> str:
@@ -26,7 +32,7 @@ def trouble() -> str:
     if sys.platform != "linux":
         return ""
     if "hugetlb" not in os.environ.get(SETTING, ""):
-        return f"no huge pages: set {SETTING}={_WANTED}"
+        return f"no huge pages: add {_WANTED} to {SETTING} (parts are joined by a colon)"
     if _KERNEL.exists() and "[never]" in _KERNEL.read_text():
         return f"the kernel gives no huge pages: write madvise into {_KERNEL}"
     return ""

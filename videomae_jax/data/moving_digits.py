@@ -115,7 +115,7 @@ def noise(rng: np.random.Generator, size: int, grain: float, colours: tuple[floa
 
 
 def _sheet(rng: np.random.Generator, size: int, images: np.ndarray, look: Look) -> np.ndarray:
-    """One to four digits, each in a colour, on a sheet that tiles: float32 [size, size, 4], how much of the
+    """Two to four digits, each in a colour, on a sheet that tiles: float32 [size, size, 4], how much of the
     sheet shows, and its colour times that.
     """
     sheet = np.zeros((size, size, 4), np.float32)

@@ -30,10 +30,15 @@ def run(scale: str, workdir: pathlib.Path, at_once: int) -> None:
     if others:
         raise UserError(f"{workdir} has results of --scale={min(others)}: use another --workdir")
     # Also where Ctrl-C is ignored, as in the background of a script.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    work.run(plan.runs, runner.slots(at_once))
-    tell(report.write(plan, work.results.path, workdir, f"study --scale={scale}"))
-    print(f"report: {workdir / 'evidence.md'}")
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, signal.default_int_handler)
+    with runner.lock(workdir):
+        try:
+            work.run(plan.runs, runner.slots(at_once))
+        finally:
+            if work.results.lines:
+                tell(report.write(plan, work.results.path, workdir, f"study --scale={scale}"))
+                print(f"report: {workdir / 'evidence.md'}")
 
 
 def show(source: str, out: str) -> None:

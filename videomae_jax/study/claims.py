@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from scipy import stats
 
 LEVEL = 0.95
-VERDICTS = ("agrees", "does not", "cannot tell", "not run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +53,12 @@ class Claim:
         text: in a sentence.
         better, worse: names of rows.
         paper: its figures and where they stand.
-        least: by how much at least, in the figures' unit.
     """
 
     text: str
     better: str
     worse: str
     paper: str
-    least: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +82,9 @@ def judge(claim: Claim, rows: Mapping[str, Mapping[int, float]]) -> Verdict:
     if len(shared) < 2:
         return Verdict(claim, "not run", None)
     gain = interval([better[seed] - worse[seed] for seed in shared])
-    if gain.low > claim.least:
+    if gain.low > 0:
         word = "agrees"
-    elif gain.high < claim.least:
+    elif gain.high < 0:
         word = "does not"
     else:
         word = "cannot tell"

@@ -118,7 +118,6 @@ class Plan:
 
 def _labels(plan: Plan) -> Question:
     scale, rows = plan.scale, []
-    every = min(scale.labels)
     sides: dict[str, Callable[[int], Run | None]] = {
         "VideoMAE": lambda seed: plan.pretrained("long", seed, steps=scale.steps),
         "from scratch": lambda seed: None,
@@ -139,8 +138,8 @@ def _labels(plan: Plan) -> Question:
         "labels",
         "Labels: from scratch, MoCo v3, VideoMAE",
         "Pretrained on all training videos without labels, then finetuned with some labels per class; the "
-        "recipe and the steps of finetuning are the same on all sides. MoCo v3 has about as many seconds as "
-        "VideoMAE here, not as many clips: it looks at every token of two views.",
+        "recipe and the steps of finetuning are the same on all sides. MoCo v3 has fewer clips than "
+        "VideoMAE: it looks at every token of two views, by two encoders.",
         tuple(rows),
         (
             Claim(
@@ -151,8 +150,8 @@ def _labels(plan: Plan) -> Question:
             ),
             Claim(
                 "VideoMAE beats training from scratch, all labels",
-                _of("VideoMAE", every),
-                _of("from scratch", every),
+                _of("VideoMAE", 0),
+                _of("from scratch", 0),
                 "80.0 against 68.8 (Kinetics-400)",
             ),
             Claim(
@@ -222,7 +221,7 @@ def _decoder(plan: Plan) -> Question:
         ),
         (
             Claim("four blocks are better than one", "4 blocks", "1 block", "69.6 against 68.5"),
-            Claim("eight blocks are no better than four", "4 blocks", "8 blocks", "69.6 against 69.3"),
+            Claim("four blocks are better than eight", "4 blocks", "8 blocks", "69.6 against 69.3"),
         ),
         source=_SSV2,
     )

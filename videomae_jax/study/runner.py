@@ -1,6 +1,7 @@
 """Carries out a plan of runs: each an ordinary `train`, several at once, resumable, one line of results."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -47,6 +48,11 @@ class Run:
     def needs(self) -> tuple[str, ...]:
         """Names of the runs that come before it."""
         return tuple(filter(None, (self.start, self.teacher)))
+
+    @property
+    def command(self) -> str:
+        """What identifies it: its flags, in a work folder called RUNS."""
+        return shlex.join(["train", *self.flags(pathlib.Path("RUNS"))])
 
     def flags(self, workdir: pathlib.Path) -> list[str]:
         """What `train` is called with."""
@@ -101,7 +107,10 @@ def code_version() -> str:
     """The commit of this checkout, with "+" where it has been changed since; the release without one."""
     root = pathlib.Path(__file__).parents[2]
     git = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return metadata.version("videomae_jax")
     return found.stdout.strip() if found.returncode == 0 else metadata.version("videomae_jax")
 
 
@@ -125,23 +134,47 @@ def slots(count: int) -> list[Slot]:
     )
     asked = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=False)
     if asked.returncode:
-        raise UserError(f"JAX finds no device: {asked.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"JAX finds no device: {asked.stderr.strip()[-200:] or asked.returncode}")
     devices, backend, kind = asked.stdout.splitlines()[-3:]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if backend == "cpu":
+        cores = cores[: processes.usable_cores()]
         count = count or processes.usable_cores()
         kind = f"{processes.usable_cores()} CPU cores"
         return [Slot(kind, {}, frozenset(cores[i::count] or cores)) for i in range(count)]
+    if backend == "tpu":  # a process has all of them
+        return [Slot(f"{devices} x {kind}", {}, frozenset(cores))]
     count, gpus = count or 4 * int(devices), int(devices)
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else list(map(str, range(gpus)))
     share = f"{0.9 / -(-count // gpus):.3f}"
     return [
         Slot(
             f"{gpus} x {kind}",
-            {"CUDA_VISIBLE_DEVICES": str(i % gpus), "XLA_PYTHON_CLIENT_MEM_FRACTION": share},
+            {"CUDA_VISIBLE_DEVICES": names[i % gpus], "XLA_PYTHON_CLIENT_MEM_FRACTION": share},
             frozenset(cores[i::count] or cores),
         )
         for i in range(count)
     ]
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path) -> Iterator[None]:
+    """One study of a work folder at a time: two would write over each other's results.
+
+    Raises:
+        UserError: another one has it.
+    """
+    with (workdir / ".lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except OSError:
+            raise UserError(f"{workdir} belongs to a study that is running: wait, or end it") from None
+        yield
 
 
 class Runner:
@@ -159,7 +192,7 @@ class Runner:
         self.failed: dict[str, str] = {}
         self._processes: set[subprocess.Popen] = set()
         self._stopped = threading.Event()
-        self._code, self._machine = code_version(), ""
+        self._machine = ""
 
     def run(self, runs: Sequence[Run], machine: Sequence[Slot]) -> None:
         """Carries out what has no result yet.
@@ -167,6 +200,13 @@ class Runner:
         Raises:
             UserError: runs that failed, after all others; naming the log of the first.
         """
+        for run in runs:
+            line = self.results.lines.get(run.name)
+            if line and line["command"] != run.command:
+                raise UserError(
+                    f"{self.results.path}: {run.name} is of another plan ({line['command']}): use another "
+                    f"--workdir, or remove its line and its folder"
+                )
         waiting = [run for run in runs if run.name not in self.results.lines]
         self._machine = machine[0].device
         total, started = len(waiting), time.time()
@@ -192,7 +232,8 @@ class Runner:
                 self.stop()
                 raise
         for run in waiting:
-            self.failed[run.name] = f"{' and '.join(run.needs)} failed"
+            lacking = [name for name in run.needs if name not in self.results.lines]
+            self.failed[run.name] = f"{' and '.join(lacking)} failed"
         if self.failed:
             name, reason = next(iter(self.failed.items()))
             raise UserError(
@@ -225,18 +266,25 @@ class Runner:
         """One run in a process of its own, with a share of the machine."""
         if self._stopped.is_set():
             return
-        slot, started = free.get(), time.time()
+        slot, started, code = free.get(), time.time(), code_version()
         try:
             status = self._train(run, slot)
         finally:
             free.put(slot)
+        try:
+            self._finish(run, status, round(time.time() - started), code)
+        except (OSError, ValueError, KeyError) as error:  # it ends no other run
+            self.failed[run.name] = f"{type(error).__name__}: {error}"
+
+    def _finish(self, run: Run, status: int, seconds: int, code: str) -> None:
+        """Keeps what a run has left, or why it failed."""
         path = self.workdir / run.name / "summary.json"
         summary = json.loads(path.read_text()) if path.exists() else {"interrupted": True}
         if status or summary.get("interrupted"):
             lines = (self.workdir / f"{run.name}.log").read_text().strip().splitlines()
             self.failed[run.name] = lines[-1] if lines else f"exit status {status}"
             return
-        self.results.add(self._line(run, summary, round(time.time() - started)))
+        self.results.add(self._line(run, summary, seconds, code))
 
     def _train(self, run: Run, slot: Slot) -> int:
         command = [sys.executable, "-m", "videomae_jax", "train", *run.flags(self.workdir)]
@@ -249,37 +297,49 @@ class Runner:
                 [sys.executable, "-c", _ON_CORES, ",".join(map(str, sorted(slot.cores))), *command[1:]],
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **slot.environment},
+                env={**os.environ, **slot.environment, "STUDY": str(os.getpid())},
                 start_new_session=True,  # Ctrl-C reaches it once, by `stop`
             )
             self._processes.add(process)
+            if self._stopped.is_set():
+                process.terminate()
             try:
                 return process.wait()
             finally:
                 self._processes.discard(process)
 
-    def _line(self, run: Run, summary: Mapping[str, Any], seconds: int) -> dict[str, Any]:
-        of_run = json.loads((self.workdir / run.name / "config.json").read_text())
+    def _line(self, run: Run, summary: Mapping[str, Any], seconds: int, code: str) -> dict[str, Any]:
+        folder = self.workdir / run.name
+        about = next(path for name in ("config.json", "probe.json") if (path := folder / name).exists())
+        of_run = json.loads(about.read_text())
         # Folders have other names elsewhere.
         of_run["config"] |= {"init_from": run.start, "teacher": run.teacher}
-        text = json.dumps(of_run["config"], sort_keys=True)
+        data = of_run["config"].get("data", {})
+        # Names of videos alone are the same for every seed of generated ones.
+        of_data = [of_run["data"], data.get("path"), data.get("generate")]
         return {
             "run": run.name,
             "scale": self.scale,
             "seed": run.seed,
-            "command": shlex.join(["train", *run.flags(pathlib.Path("RUNS"))]),
+            "command": run.command,
             "figures": score(summary),
             "seconds": seconds,
-            "config_hash": hashlib.sha256(text.encode()).hexdigest()[:12],
-            "data_hash": of_run["data"][:12],
-            "code": self._code,
+            "config_hash": _short_hash(of_run["config"]),
+            "data_hash": _short_hash(of_data),
+            "code": code,
             "machine": self._machine,
         }
+
+
+def _short_hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # Runs `python ARGUMENTS` on some of the cores: XLA and the loader take as many threads as they may use.
 _ON_CORES = """
 import os, sys
+from videomae_jax.data import processes
+processes.die_with_parent(int(os.environ.pop("STUDY")))
 if sys.argv[1] and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])

@@ -54,7 +54,7 @@ def run(config: Config, workdir: Place, started: float) -> dict[str, Any]:
         per_token=kind == "attentive",
     )
     videos = splits.open_splits(config)
-    report.write_json(workdir / "config.json", loop.identity(config, videos.train))
+    report.write_json(workdir / "probe.json", loop.identity(config, videos.train))
     clip = (config.data.frames, config.data.stride, tuple(config.data.size))
     views = pipeline.TestViews(*clip, config.evaluate.segments, 1)
     report.say(

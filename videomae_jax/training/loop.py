@@ -42,7 +42,7 @@ def run(config: Config, workdir: Place, started: float, make: Make) -> dict[str,
         planned = make(config, None, weights)
         check_parts(config, planned, mesh)
         report.check_profile(config.log.profile)
-        curves = reference.read(config.log.reference)
+        curves = hosts.agreed(lambda: reference.read(config.log.reference))
         stack.enter_context(hosts.Lock(workdir / ".lock"))
         phases.end("set-up")
         videos = hosts.agreed(lambda: planned.open_videos(config))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from videomae_jax import storage
 from videomae_jax.config import UserError
 
 _SHOWN = ("loss", "validation", "knn")  # how the names of figures begin that have curves
@@ -37,10 +38,11 @@ def read(path: str) -> Reference | None:
         return None
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("log.reference draws with matplotlib: EXTRAS=study launch/local.sh ...")
-    if not pathlib.Path(path).is_file():
+    file = storage.at(path)
+    if not file.is_file():
         raise UserError(f"log.reference={path}: no such file; curves of our configs are in docs/reference")
     try:
-        reference = _curves(pathlib.Path(path).read_text().splitlines())
+        reference = _curves(file.read_text().splitlines())
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"log.reference={path} is no log of a run: name its log.jsonl") from None
     if not reference.curves:
