@@ -99,21 +99,27 @@ def _part(video: AnyVideo, digest: str, form: Form, first: int, last: int) -> En
     try:
         encoded, height, width = _encode(video, first, last, form)
         if form.codec == "jpeg":
-            encoded = _unpacked(video, encoded, first, last, (height, width))
+            encoded = _unpacked(video, encoded, last - first, (height, width))
     except (FFmpegError, ValueError, OverflowError, struct.error) as error:
         raise decode.DecodeError(f"{video.name}: cannot be encoded as {form.codec} ({error})") from None
     return Encoded(encoded, last - first, video.fps, height, width, digest)
 
 
-def _unpacked(video: AnyVideo, mp4: bytes, first: int, last: int, size: tuple[int, int]) -> bytes:
-    """The JPEGs of a file of them, with the times of their source, as `images` has them."""
+def _unpacked(video: AnyVideo, mp4: bytes, length: int, size: tuple[int, int]) -> bytes:
+    """The JPEGs of a file of them, with the file's times, as `images` has them.
+
+    Its ticks are fine, where those of a source can be as long as a frame.
+    """
     with av.open(io.BytesIO(mp4), "r") as container:
-        found = [bytes(packet) for packet in container.demux(video=0) if packet.size]
-    if len(found) != last - first:
-        raise ValueError(f"{len(found)} of {last - first} images")
-    times = [_ticks(video, first, index) for index in range(first, last)]
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        ticks = container.streams.video[0].time_base
+        assert ticks is not None
+        tick = fractions.Fraction(ticks.numerator, ticks.denominator)
+    if len(packets) != length:
+        raise ValueError(f"{len(packets)} of {length} images")
+    times = [packet.pts or 0 for packet in packets]
     rate = fractions.Fraction(video.fps).limit_denominator(1 << 16)
-    return images.pack(found, times, size, video.time_base, rate)
+    return images.pack([bytes(p) for p in packets], times, size, tick if video.time_base else None, rate)
 
 
 def _span(video: AnyVideo, start: float | None, end: float | None) -> tuple[int, int]:

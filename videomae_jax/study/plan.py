@@ -140,7 +140,7 @@ def _labels(plan: Plan) -> Question:
         "Pretrained on all training videos without labels, then finetuned with some labels per class; the "
         f"recipe and the steps ({scale.finetuning}, with all labels {3 * scale.finetuning}) are the same on "
         "all sides. With many labels training from scratch is far from its end then: more steps would serve "
-        "it most. MoCo v3 has fewer clips than VideoMAE: it looks at every token of two views, by two encoders.",
+        "it most. MoCo v3 has fewer clips than VideoMAE: it looks at all tokens of two views.",
         tuple(rows),
         (
             Claim(
