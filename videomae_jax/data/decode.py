@@ -243,11 +243,8 @@ class Video:
             DecodeError: a wanted frame cannot be decoded.
             IndexError: an index is outside 0..num_frames-1.
         """
-        wanted = sorted({int(i) for i in indices})
-        if not wanted or wanted[0] < 0 or wanted[-1] >= self.num_frames:
-            raise IndexError(f"{self.name}: frames {wanted} of {self.num_frames}")
-        frames = dict(zip(wanted, self.each(wanted, choose_box), strict=True))
-        return np.stack([frames[int(i)] for i in indices])
+        wanted = in_range(indices, self.num_frames, self.name)
+        return placed(indices, wanted, self.each(wanted, choose_box))
 
     def each(self, wanted: Sequence[int], choose_box: ChooseBox | None = None) -> Iterator[np.ndarray]:
         """The frames at rising indices, as `read` has them, one after the other in one pass over the file.
@@ -380,6 +377,26 @@ class Video:
                 yield from context.decode(packet)
         except FFmpegError as error:
             raise self._error("is damaged", error) from None
+
+
+def in_range(indices: Sequence[int] | np.ndarray, num_frames: int, name: str) -> list[int]:
+    """The frames at `indices`, each once, rising.
+
+    Raises:
+        IndexError: one is outside 0..num_frames-1, or there is none.
+    """
+    wanted = sorted({int(i) for i in indices})
+    if not wanted or wanted[0] < 0 or wanted[-1] >= num_frames:
+        raise IndexError(f"{name}: frames {wanted} of {num_frames}")
+    return wanted
+
+
+def placed(
+    indices: Sequence[int] | np.ndarray, wanted: Sequence[int], frames: Iterable[np.ndarray]
+) -> np.ndarray:
+    """Frames [H, W, C] of `wanted` as `indices` ask for them, uint8 [T, H, W, C]."""
+    found = dict(zip(wanted, frames, strict=True))
+    return np.stack([found[int(i)] for i in indices])
 
 
 def _mark(packet: av.Packet) -> Mark:

@@ -99,11 +99,8 @@ class Images(abc.ABC):
             DecodeError: an image cannot be read, or has another size than the first.
             IndexError: an index is outside 0..num_frames-1.
         """
-        wanted = sorted({int(i) for i in indices})
-        if not wanted or wanted[0] < 0 or wanted[-1] >= self.num_frames:
-            raise IndexError(f"{self.name}: frames {wanted} of {self.num_frames}")
-        frames = dict(zip(wanted, self.each(wanted, choose_box), strict=True))
-        return np.stack([frames[int(i)] for i in indices])
+        wanted = decode.in_range(indices, self.num_frames, self.name)
+        return decode.placed(indices, wanted, self.each(wanted, choose_box))
 
     def each(self, wanted: Sequence[int], choose_box: rgb.ChooseBox | None = None) -> Iterator[np.ndarray]:
         """As `decode.Video.each`.
