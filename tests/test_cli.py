@@ -91,7 +91,7 @@ def use(monkeypatch, capsys):
         ),
         (["prepare", "a"], "prepare takes SRC DST, not a"),
         (["prepare", "/nowhere", "D"], "/nowhere does not exist: pass a folder of videos"),
-        (["prepare", "SHAPES", "D", "--codec=vp9"], "--codec=vp9 is unknown: use h264_intra"),
+        (["prepare", "SHAPES", "D", "--codec=vp9"], "--codec=vp9 is unknown: use jpeg, h264_intra"),
         (["prepare", "SHAPES", "D", "--dataset=ssv2"], "holds no labels file (labels.json or"),
         (["prepare", "-", "D", "--check"], "D holds no manifest.json"),
         (["reconstruct", "--checkpoint=C", "--out=o.gif"], "reconstruct takes VIDEO, not none"),
