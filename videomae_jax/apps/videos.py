@@ -55,8 +55,10 @@ class Named:
                 )
                 stats = [os.stat(place) for place in paths if os.path.exists(place)]
                 facts += [[stat.st_size, stat.st_mtime_ns] for stat in stats]
-        else:
+        elif isinstance(record["video"], bytes):
             facts.append(hashlib.sha256(record["video"]).hexdigest())
+        else:
+            facts.append(record["video"].digest())
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 

@@ -3,9 +3,11 @@
 A prepared one is a header, the time and the end of each frame, and the images: any frame is found and decoded
 by itself. All numbers are little-endian.
 
-    magic 8 bytes, frames, height, width, tick (2 numbers), rate (2 numbers): uint32; a tick of 0: no times
+    magic 8 bytes, check uint32: the CRC-32 of what follows, up to the images
+    frames, height, width, tick (2 numbers), rate (2 numbers): uint32; a tick of 0: no times
     int64 [frames]    when each is shown, in ticks of numerator / denominator seconds
     uint64 [frames]   where each ends, from the first image on
+    uint32 [frames]   CRC-32 of each image: a JPEG with a wrong byte may well decode
     JPEG files        BT.601, full range, as JFIF has it
 """
 
@@ -14,16 +16,20 @@ import bisect
 import fractions
 import hashlib
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 
 import av
 import numpy as np
 import simplejpeg
 
-from videomae_jax.data import decode, rgb
+from videomae_jax.data import decode, ranges, rgb
 
 MAGIC = b"vmjpegs1"
-_HEADER = struct.Struct("<8s7I")
+_HEADER = struct.Struct("<8s8I")
+_CHECKED_FROM = 12  # behind magic and check
+_PER_FRAME = 8 + 8 + 4
+_FIRST_READ = 2**13  # bytes: header and table of 400 frames
 
 
 class Images(abc.ABC):
@@ -126,25 +132,35 @@ class JpegFrames(Images):
     """The images of a prepared record.
 
     Args:
-        data: what `pack` made.
+        data: what `pack` made; of a value in a file only what is needed is read.
         name: in errors.
 
+    Attributes:
+        check: of the whole record, frames too: what tells it from others.
+
     Raises:
+        ReadError: it cannot be read.
         DecodeError: it is cut off, or what it says does not fit together.
     """
 
-    def __init__(self, data: bytes | memoryview, name: str = "video"):
-        self.name, self._data = name, memoryview(data)
-        if len(data) < _HEADER.size:
+    def __init__(self, data: bytes | ranges.Value, name: str = "video"):
+        self.name = name
+        self._data = data if isinstance(data, ranges.Value) else memoryview(data)
+        head = data[:_FIRST_READ]
+        if len(head) < _HEADER.size:
             raise self._damaged("its header is cut off")
-        magic, count, self._height, self._width, *tick_and_rate = _HEADER.unpack_from(data)
-        table = _HEADER.size + 16 * count
-        if magic != MAGIC or not count or len(data) < table:
+        magic, self.check, count, self._height, self._width, *tick_and_rate = _HEADER.unpack_from(head)
+        self._table = _HEADER.size + _PER_FRAME * count
+        if magic != MAGIC or not count or len(data) < self._table:
             raise self._damaged("its header or its table of frames")
-        self._times = np.frombuffer(data, "<i8", count, _HEADER.size)
-        self._ends = np.frombuffer(data, "<u8", count, _HEADER.size + 8 * count)
-        self._images = self._data[table:]
-        if int(self._ends[-1]) != len(self._images) or (np.diff(self._ends.astype(np.int64)) <= 0).any():
+        if len(head) < self._table:
+            head += data[len(head) : self._table]
+        if zlib.crc32(memoryview(head)[_CHECKED_FROM : self._table]) != self.check:
+            raise self._damaged("its header or its table of frames")
+        self._times = np.frombuffer(head, "<i8", count, _HEADER.size)
+        self._ends = np.frombuffer(head, "<u8", count, _HEADER.size + 8 * count)
+        self._checks = np.frombuffer(head, "<u4", count, _HEADER.size + 16 * count)
+        if self._table + int(self._ends[-1]) != len(data):
             raise self._damaged("its table of frames does not fit its length")
         tick, self._rate = (
             fractions.Fraction(top, bottom) if bottom else fractions.Fraction(0)
@@ -188,22 +204,46 @@ class JpegFrames(Images):
 
     def digest(self) -> str:
         """SHA-256 of the record's video."""
-        return hashlib.sha256(self._data).hexdigest()
+        return hashlib.sha256(self._data[:]).hexdigest()
+
+    def each(self, wanted: Sequence[int], choose_box: rgb.ChooseBox | None = None) -> Iterator[np.ndarray]:
+        """As `decode.Video.each`.
+
+        Raises:
+            ReadError: the images cannot be read.
+            DecodeError: one is damaged.
+        """
+        if isinstance(self._data, ranges.Value):
+            self._data.look_ahead(self._place(wanted[0])[0], self._place(wanted[-1])[1])
+        return super().each(wanted, choose_box)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        start = int(self._ends[index - 1]) if index else 0
+        return self._table + start, self._table + int(self._ends[index])
 
     def image(self, index: int) -> np.ndarray:
         """Frame `index`, uint8 RGB [H, W, 3].
 
         Raises:
-            DecodeError: the image is damaged.
+            ReadError: the image cannot be read.
+            DecodeError: it is damaged.
         """
-        start = int(self._ends[index - 1]) if index else 0
+        start, stop = self._place(index)
+        data = self._data[start:stop]
+        if zlib.crc32(data) != self._checks[index]:
+            raise self._damaged(f"frame {index}")
         try:
-            image = simplejpeg.decode_jpeg(self._images[start : int(self._ends[index])], "RGB")
+            image = simplejpeg.decode_jpeg(data, "RGB")
         except ValueError as error:
             raise self._damaged(f"frame {index}: {error}") from None
         if image.shape != (self._height, self._width, 3):
             raise self._damaged(f"frame {index} is {image.shape[1]}x{image.shape[0]}")
         return image
+
+
+def check_of(head: bytes) -> int:
+    """`JpegFrames.check` of a record that begins so."""
+    return _HEADER.unpack_from(head)[1]
 
 
 def pack(
@@ -224,5 +264,8 @@ def pack(
     tick = tick or fractions.Fraction(0)
     numbers = (len(images), *size, tick.numerator, tick.denominator, rate.numerator, rate.denominator)
     ends = np.cumsum([len(image) for image in images])
-    head = _HEADER.pack(MAGIC, *numbers) + np.asarray(times, "<i8").tobytes() + ends.astype("<u8").tobytes()
-    return b"".join([head, *images])
+    checks = [zlib.crc32(image) for image in images]
+    columns = (np.asarray(times, "<i8"), ends.astype("<u8"), np.asarray(checks, "<u4"))
+    head = _HEADER.pack(MAGIC, 0, *numbers) + b"".join(column.tobytes() for column in columns)
+    check = struct.pack("<I", zlib.crc32(head[_CHECKED_FROM:]))
+    return b"".join([MAGIC, check, head[_CHECKED_FROM:], *images])

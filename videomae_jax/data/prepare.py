@@ -23,7 +23,18 @@ from typing import Any
 import tqdm
 
 from videomae_jax import storage
-from videomae_jax.data import decode, prepared, processes, reading, records, scenes, transcode
+from videomae_jax.data import (
+    decode,
+    images,
+    index,
+    prepared,
+    processes,
+    ranges,
+    reading,
+    records,
+    scenes,
+    transcode,
+)
 from videomae_jax.data.collection import Collection, Entry
 from videomae_jax.storage import PARTIAL, Place
 
@@ -152,7 +163,7 @@ def write_shard(job: Job, shard: Shard, videos: Iterator[transcode.Encoded | Fai
     from array_record.python.array_record_module import ArrayRecordWriter
 
     features = records.features(job.collection)
-    rows, failed = [], []
+    rows, failed, written = [], [], []
     try:
         with storage.output(job.path(shard), writer=uuid.uuid4().hex) as path:
             # Videos do not compress further; groups of one are what random access needs.
@@ -169,7 +180,12 @@ def write_shard(job: Job, shard: Shard, videos: Iterator[transcode.Encoded | Fai
                 row |= {name: getattr(video, name) for name in ("frames", "fps", "height", "width")}
                 row["target"] = ";".join(map(repr, entry.target))
                 rows.append(row | {"source_sha256": video.source_sha256})
+                digest = hashlib.sha256(video.video).digest()
+                written.append(ranges.Written(video.video[:64], len(video.video), digest, len(data)))
             writer.close()
+            if job.form.codec == "jpeg":
+                for row, value, place in zip(rows, written, ranges.places(str(path), written), strict=True):
+                    row |= {"place": place, "length": value.length, "check": images.check_of(value.begin)}
         _write(job.report(shard), json.dumps({"rows": rows, "failed": failed}))
     except (RuntimeError, OSError) as error:  # the writer is C++ and has one type for all
         if "No space left" in str(error):
@@ -273,6 +289,8 @@ def finish(job: Job, max_failed: float = 1.0) -> dict[str, Any]:
         table = csv.DictWriter(file, prepared.COLUMNS)
         table.writeheader()
         table.writerows(rows)
+    for split in reports:
+        index.write(folder, split, index.make(row for row in rows if row["split"] == split))
     for name, text in scenes.lists(job.collection).items():
         _write(folder / name, text)
     absent = [{"split": split, "id": video} for split, ids in job.collection.absent.items() for video in ids]
@@ -339,9 +357,8 @@ def finished(job: Job, retry_failed: bool = False) -> dict[str, Any] | None:
 
 def _typed(row: dict[str, str]) -> dict[str, Any]:
     """A line of the table of records as its report has it."""
-    numbers = {
-        name: int(row[name]) for name in ("shard", "position", "label", "bytes", "frames", "height", "width")
-    }
+    names = ("shard", "position", "label", "bytes", "frames", "height", "width", "place", "length", "check")
+    numbers = {name: int(row[name]) for name in names if row.get(name)}
     return row | numbers | {"fps": float(row["fps"])}
 
 

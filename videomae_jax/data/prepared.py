@@ -2,6 +2,7 @@
 
 manifest.json                              what it is: counts, failures, classes, one hash of everything
 records.csv                                one line per record: where it is, id, label, size, hashes
+index/SPLIT-*.npy                          the same as arrays, for the loader: see `index`
 NAME-SPLIT.array_record-00000-of-00007     the records, `tf.train.Example`s with the bytes of a video
 features.json, dataset_info.json           what TFDS reads
 """
@@ -15,11 +16,13 @@ import hashlib
 import itertools
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
+from videomae_jax.data import columns, images, index, ranges, reading
 from videomae_jax.data.lists import from_csv
 from videomae_jax.data.sources import (
     SUFFIXES,
@@ -34,6 +37,7 @@ FORMAT = 3  # 2: no JPEGs with a table; 1: the hash knew neither classes nor fea
 MANIFEST, RECORDS = "manifest.json", "records.csv"
 COLUMNS = ("split", "shard", "position", "id", "label", "frames", "fps", "height", "width", "bytes")
 COLUMNS += ("sha256", "source_sha256", "target")
+COLUMNS += ("place", "length", "check")  # of the video of JPEGs in its shard: see `ranges` and `images`
 _OPEN_SHARDS = 64  # readers of a process that are open at once
 
 
@@ -93,42 +97,77 @@ class PreparedSource(Source):
 
     Attributes:
         split: its name.
-        positions: place of each video in the split.
+        positions: row of each video in the split's index, uint32.
         content: hash of the data set.
+        table: the split's index.
+        shards: file name and end (in rows of the index) of each shard.
     """
 
     split: str = ""
-    positions: tuple[int, ...] = ()
+    positions: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.uint32))
     content: str = ""
+    table: index.Index = index.EMPTY
+    shards: tuple[tuple[str, int], ...] = ()
 
     def __getitem__(self, index: int) -> Record:
         index = int(index)
-        video, error = b"", ""
+        name, video, error = self.ids[index], b"", ""
         try:
-            record = _shards(self.root, self.split).read(self.positions[index])
-            video = record["video"]
-            if record["id"].decode() != self.ids[index]:
-                video, error = b"", f"holds {record['id'].decode()}, so its label would be another video's"
+            video = self._video(index, name)
         except Exception as reason:  # damage shows as many types; raising would end the loader
-            error = f"cannot be read ({reason})"
-        if error:
             shard, position = self.place(index)
-            error = f"{shard}, record {position} ({self.ids[index]}): {error}"
-        name, label = self.ids[index], self.labels[index]
-        return {"video": video, "name": name, "label": label, "record": index, "error": error}
+            error = f"{shard}, record {position} ({name}): {reason}"
+        return {"video": video, "name": name, "label": self.labels[index], "record": index, "error": error}
+
+    def _video(self, index: int, name: str) -> bytes | images.JpegFrames:
+        """A whole file, or JPEGs that are read as they are needed."""
+        row = int(self.positions[index])
+        try:
+            if not len(self.table.places):
+                record = _shards(self.root, self.split).read(row)
+                video, found = record["video"], record["id"].decode()
+            else:
+                path = str(epath.Path(self.root) / self.place(index)[0])
+                place, length = int(self.table.places[row]), int(self.table.lengths[row])
+                video = reading.patiently(lambda: images.JpegFrames(ranges.Value(path, place, length), name))
+                found = name if video.check == self.table.checks[row] else "another video"
+        except Exception as reason:
+            raise SourceError(f"cannot be read ({reason})") from None
+        if found != name:
+            raise SourceError(f"holds {found}, so its label would be another video's")
+        return video
 
     def place(self, index: int) -> tuple[str, int]:
         """(shard file, record in it) of a video."""
-        manifest = read_manifest(self.root)
-        lengths = manifest["splits"][self.split]["shard_lengths"]
-        position, shard = self.positions[index], 0
-        while position >= lengths[shard]:
-            position, shard = position - lengths[shard], shard + 1
-        return shard_name(manifest["name"], self.split, shard, len(lengths)), position
+        row = int(self.positions[index])
+        shard = bisect.bisect_right(self.shards, row, key=lambda shard: shard[1])
+        return self.shards[shard][0], row - (self.shards[shard - 1][1] if shard else 0)
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "PreparedSource":
+        """The videos at `indices`, in that order."""
+        rows = self.positions[np.asarray(indices, np.int64)]
+        chosen = {"ids": self.ids, "labels": self.labels}
+        chosen = {
+            name: column.of(rows) if isinstance(column, columns.Column) else tuple(column[i] for i in indices)
+            for name, column in chosen.items()
+        }
+        targets = tuple(self.targets[i] for i in indices) if self.targets else ()
+        return dataclasses.replace(self, positions=rows, targets=targets, **chosen)
+
+    def hashes(self) -> np.ndarray:
+        """As `Source.hashes`; they are stored."""
+        return np.asarray(self.table.hashes[self.positions])
 
     def fingerprint(self) -> str:
         """Of the stored bytes too."""
-        return hashlib.sha256(f"{self.content} {super().fingerprint()}".encode()).hexdigest()[:16]
+        # Ids are part of the data set's hash: with an index only rows and labels are left to tell.
+        if isinstance(self.table.labels, np.memmap):
+            chosen = hashlib.sha256(self.positions.tobytes())
+            chosen.update(np.asarray(self.targets or self.labels, np.float64).tobytes())
+            about = f"{self.split} {chosen.hexdigest()}"
+        else:
+            about = super().fingerprint()
+        return hashlib.sha256(f"{self.content} {about}".encode()).hexdigest()[:16]
 
 
 class _Shards:
@@ -192,16 +231,29 @@ def open_prepared(path: str, split: str) -> PreparedSource:
     manifest = read_manifest(path)
     if split not in manifest["splits"]:
         raise SourceError(f"{path} has no split {split}: it has {', '.join(manifest['splits'])}")
-    rows = [row for row in read_rows(path) if row["split"] == split]
+    try:
+        table = index.read(path, split, manifest["hash"])
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}/{index.FOLDER} is damaged ({error}): prepare the data set again") from None
+    if table is None:  # written by a version that made none
+        table = index.make(row for row in read_rows(path) if row["split"] == split)
+    lengths = manifest["splits"][split]["shard_lengths"]
+    names = [shard_name(manifest["name"], split, shard, len(lengths)) for shard in range(len(lengths))]
+    if len(table.labels) != sum(lengths):
+        raise SourceError(
+            f"{path}: {len(table.labels)} of {sum(lengths)} records of {split} are in its index"
+        )
     return PreparedSource(
         root=str(path),
-        ids=tuple(row["id"] for row in rows),
-        labels=tuple(int(row["label"]) for row in rows),
+        ids=columns.Texts(table.ids, table.id_ends),
+        labels=columns.Numbers(table.labels),
         classes=tuple(manifest["classes"]),
         split=split,
-        positions=tuple(range(len(rows))),
+        positions=np.arange(len(table.labels), dtype=np.uint32),
         content=manifest["hash"],
-        targets=tuple(tuple(map(float, row["target"].split(";"))) for row in rows if row.get("target")),
+        table=table,
+        shards=tuple(zip(names, itertools.accumulate(lengths), strict=True)),
+        targets=tuple(map(tuple, table.targets.tolist())),
         head=manifest.get("head", "softmax"),
     )
 
@@ -257,6 +309,8 @@ def damage(path: str) -> Iterator[str]:
     if records_hash(rows, manifest) != manifest["hash"]:
         yield f"{RECORDS} does not match {MANIFEST}, or its classes, head or features are not those prepared"
     yield from _wrong_files(path, manifest)
+    yield from _wrong_index(path, manifest, rows)
+    places: dict[str, Iterator[str]] = {split: _misplaced(path, split) for split in manifest["splits"]}
     readers: dict[str, Any] = {}
     for row in rows:
         lengths = manifest["splits"][row["split"]]["shard_lengths"]
@@ -265,9 +319,10 @@ def damage(path: str) -> Iterator[str]:
             readers = {shard: _open_shard(epath.Path(path) / shard, lengths[int(row["shard"])])}
             if isinstance(readers[shard], str) and readers[shard] != "is absent":
                 yield f"{shard}: {readers[shard]}"
+        misplaced = next(places[row["split"]], "")
         if not isinstance(readers[shard], str):
             reason = _record_damage(readers[shard], int(row["position"]), row["sha256"])
-            if reason:
+            if reason := reason or misplaced:
                 yield f"{shard}, record {row['position']} ({row['id']}): {reason}"
 
 
@@ -295,6 +350,28 @@ def _wrong_files(path: str, manifest: dict[str, Any]) -> Iterator[str]:
     names = epath.Path(path) / "label.labels.txt"  # as TFDS writes them
     if names.exists() and names.read_text().splitlines() != manifest["classes"]:
         yield f"{names.name} has other classes, or in another order, than {MANIFEST}"
+
+
+def _wrong_index(path: str, manifest: dict[str, Any], rows: list[dict[str, str]]) -> Iterator[str]:
+    """Splits whose arrays do not say what the table of records does."""
+    for split in manifest["splits"]:
+        try:
+            source = open_prepared(path, split)
+        except SourceError as error:
+            yield str(error)
+            continue
+        if index.differs(source.table, index.make(row for row in rows if row["split"] == split)):
+            yield f"{index.FOLDER}/{split}-*.npy do not match {RECORDS}"
+
+
+def _misplaced(path: str, split: str) -> Iterator[str]:
+    """Of each record of JPEGs, what is wrong with how the index finds it; "": nothing."""
+    try:
+        source = open_prepared(path, split)
+    except SourceError:
+        return
+    if len(source.table.places):
+        yield from (source[i]["error"] for i in range(len(source)))
 
 
 def _open_shard(path: epath.Path, length: int) -> Any:

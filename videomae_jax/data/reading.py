@@ -123,12 +123,14 @@ def patiently(read: Callable[[], T]) -> T:
     return read()
 
 
-def open_video(source: str | bytes, name: str = "video") -> AnyVideo:
-    """A local path, a remote one (gs://, read whole), a folder of images, or the bytes of a file.
+def open_video(source: str | bytes | JpegFrames, name: str = "video") -> AnyVideo:
+    """A local path, a remote one (gs://, read whole), a folder of images, bytes of a file, or opened JPEGs.
 
     Raises:
         DecodeError: it cannot be opened.
     """
+    if isinstance(source, JpegFrames):
+        return source
     if isinstance(source, bytes):
         return JpegFrames(source, name) if source[:8] == MAGIC else decode.Video(source, name=name)
     if not is_remote(source):

@@ -4,14 +4,18 @@ import abc
 import collections
 import dataclasses
 import hashlib
+import itertools
 import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import TypedDict, TypeVar
 
+import numpy as np
 from etils import epath
 
+from videomae_jax.data import columns
+from videomae_jax.data.images import JpegFrames
 from videomae_jax.storage import is_remote
 
 SUFFIXES = frozenset(
@@ -33,16 +37,21 @@ class SourceError(ValueError):
 
 
 class Record(TypedDict):
-    """One video: a path or a file's bytes, its class (-1: unknown), its place in the source.
+    """One video: a path, a file's bytes or opened JPEGs, its class (-1: unknown), its place in the source.
 
     `name` is its id. `error` says why a stored video could not be read; it is empty for all others.
     """
 
-    video: str | bytes
+    video: str | bytes | JpegFrames
     name: str
     label: int
     record: int
     error: str
+
+
+def hash_of(name: str) -> int:
+    """What chooses videos, whatever their order: the first 8 bytes of the SHA-256 of an id, uint64."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 AnySource = TypeVar("AnySource", bound="Source")
@@ -65,8 +74,8 @@ class Source(abc.ABC):
     """
 
     root: str
-    ids: tuple[str, ...]
-    labels: tuple[int, ...]
+    ids: tuple[str, ...] | columns.Column[str]
+    labels: tuple[int, ...] | columns.Column[int]
     classes: tuple[str, ...] = ()
     targets: tuple[tuple[float, ...], ...] = ()
     head: str = "softmax"
@@ -80,20 +89,28 @@ class Source(abc.ABC):
     def __getitem__(self, index: int) -> Record:
         """The video at `index`."""
 
-    def select(self: AnySource, indices: Sequence[int]) -> AnySource:
+    def select(self: AnySource, indices: Sequence[int] | np.ndarray) -> AnySource:
         """The videos at `indices`, in that order."""
         per_video = {
             field.name: tuple(getattr(self, field.name)[i] for i in indices)
             for field in dataclasses.fields(self)
-            if field.name in ("ids", "labels", "positions", "targets") and getattr(self, field.name)
+            if field.name in ("ids", "labels", "targets") and getattr(self, field.name)
         }
         return dataclasses.replace(self, **per_video)
 
+    def hashes(self) -> np.ndarray:
+        """`hash_of` of each id, uint64 [N]."""
+        return np.fromiter(map(hash_of, self.ids), np.uint64, len(self))
+
     def fingerprint(self) -> str:
         """Hash of ids and labels in order: equal means that the same stream of records is drawn."""
-        labels = self.targets or self.labels
+        total, labels = hashlib.sha256(), self.targets or self.labels
         lines = (f"{video}\t{label}" for video, label in zip(self.ids, labels, strict=True))
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        before = ""
+        while some := "\n".join(itertools.islice(lines, 2**16)):
+            total.update(f"{before}{some}".encode())
+            before = "\n"
+        return total.hexdigest()[:16]
 
 
 def join(root: str, path: str) -> epath.Path:
@@ -271,11 +288,11 @@ def hold_out(source: Source, videos: int) -> tuple[Source, Source]:
     seed, so a video stays held out from run to run.
     """
     count = min(videos, len(source) // 10)
-    by_hash = sorted(range(len(source)), key=lambda i: hashlib.sha256(source.ids[i].encode()).digest())
-    sizes, seen = collections.Counter(source.labels), collections.Counter()
-    rank = {}  # place of each video in its class, 0..1
-    for i in by_hash:
-        rank[i] = (seen[source.labels[i]] + 0.5) / sizes[source.labels[i]]
-        seen[source.labels[i]] += 1
-    chosen = sorted(by_hash, key=rank.__getitem__)
-    return source.select(sorted(chosen[count:])), source.select(sorted(chosen[:count]))
+    labels, hashes = np.asarray(source.labels), source.hashes()
+    order = np.lexsort((hashes, labels))  # by class, and by hash in each
+    _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    rank = (np.arange(len(order)) - np.repeat(starts, sizes) + 0.5) / np.repeat(sizes, sizes)  # in its class
+    first = np.flatnonzero(rank <= np.partition(rank, count)[count])  # all, sorted, take seconds for millions
+    is_held = np.zeros(len(labels), bool)
+    is_held[order[first[np.lexsort((hashes[order[first]], rank[first]))[:count]]]] = True
+    return source.select(np.flatnonzero(~is_held)), source.select(np.flatnonzero(is_held))

@@ -26,7 +26,7 @@ def validator(pooled: Pooled, stride: int, run: Run) -> Validate:
         UserError: the videos have no classes, or there are none to hold out.
     """
     config, train, held_out = run.config, run.videos.train, run.videos.validation
-    if len(train.classes) < 2 or train is held_out or min(train.labels + held_out.labels) < 0:
+    if len(train.classes) < 2 or train is held_out or min(min(train.labels), min(held_out.labels)) < 0:
         raise UserError(
             f"evaluate.every={config.evaluate.every}: k-NN while training needs labelled videos, some of "
             f"them held out; set --config.evaluate.every=0"

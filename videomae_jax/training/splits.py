@@ -1,8 +1,9 @@
 """The videos of a run: training, validation and test, and what training on their labels needs of them."""
 
 import dataclasses
-import hashlib
 import pathlib
+
+import numpy as np
 
 from videomae_jax import storage
 from videomae_jax.config import Config, UserError
@@ -109,11 +110,11 @@ def _few(train: Source, per_class: int) -> Source:
     """At most `per_class` videos of each class, chosen by the hash of their ids; all for 0."""
     if not per_class:
         return train
+    labels, hashes = np.asarray(train.labels), train.hashes()
     kept: list[int] = []
-    for label in sorted(set(train.labels)):
-        of_class = [i for i, other in enumerate(train.labels) if other == label]
-        of_class.sort(key=lambda i: hashlib.sha256(train.ids[i].encode()).digest())
-        kept += of_class[:per_class]
+    for label in np.unique(labels):
+        of_class = np.flatnonzero(labels == label)
+        kept += of_class[np.argsort(hashes[of_class], kind="stable")[:per_class]].tolist()
     return train.select(sorted(kept))
 
 
