@@ -53,7 +53,7 @@ SCALES = {
         edits=(("data.generate.videos", 64), ("log.steps", 1)),
     ),
     # The amounts of labels in the order in which one wants to know.
-    "laptop": Scale(3, 15_000, 2800, 1200, 400, labels=(10, 100, 25, 5, 0, 2, 1), few=10),
+    "laptop": Scale(3, 15_000, 6000, 1200, 400, labels=(10, 100, 25, 5, 0, 2, 1), few=10),
     "gpu": Scale(5, 100_000, 20_000, 10_000, 800, labels=(10, 100, 25, 5, 0, 2, 1), few=10),
 }
 
