@@ -1,12 +1,15 @@
 """Whatever holds a video is opened in one way: folders of frames and remote files beside local ones."""
 
 import pathlib
+import re
 import shutil
 
 import clips
 import numpy as np
 import pytest
 from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from videomae_jax.data import decode, pipeline, prepare, prepared, reading, sources, transcode
@@ -118,3 +121,18 @@ def test_prepared_data_in_a_bucket(bucket, endpoint, tmp_path, codec):
     (folder / "own-train.array_record-00001-of-00003").unlink()
     prepared._opened.cache_clear()
     assert "own-train.array_record-00001-of-00003, record 0 (2.mp4): cannot be read" in remote[2]["error"]
+
+
+@settings(deadline=None)
+@given(st.sets(st.from_regex(r"(a|b1)?[0-9]{1,3}(_[0-9]{1,2})?\.(jpg|png|txt)", fullmatch=True), min_size=1))
+def test_names_of_one_pattern_are_sorted_like_all_others(tmp_path_factory, names):
+    folder = tmp_path_factory.mktemp("frames")
+    for name in names:
+        (folder / name).touch()
+
+    def by_number(name: str) -> tuple:
+        parts = re.split(r"(\d+)", name)
+        return [(int(part), "") if part.isdigit() else (0, part) for part in parts], name
+
+    images = [name for name in names if not name.endswith("txt")]
+    assert reading.frame_files(str(folder)) == sorted(images, key=by_number)

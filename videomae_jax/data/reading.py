@@ -30,7 +30,7 @@ class FrameFolder(Images):
 
     def __init__(self, path: str | os.PathLike):
         self.name = os.fspath(path)
-        self._files = frame_files(epath.Path(path))
+        self._files = frame_files(self.name)
         if not self._files:
             raise decode.DecodeError(f"{self.name}: has no frames")
 
@@ -41,13 +41,13 @@ class FrameFolder(Images):
 
     def where(self, index: int) -> str:
         """The file."""
-        return str(self._files[index])
+        return os.path.join(self.name, self._files[index])
 
     def digest(self) -> str:
         """SHA-256 of the images' bytes, one after the other."""
         total = hashlib.sha256()
-        for file in self._files:
-            total.update(read_bytes(file))
+        for index in range(len(self._files)):
+            total.update(read_bytes(self.where(index)))
         return total.hexdigest()
 
     def image(self, index: int) -> np.ndarray:
@@ -56,7 +56,7 @@ class FrameFolder(Images):
         Raises:
             DecodeError: the image cannot be read.
         """
-        data = read_bytes(self._files[index])
+        data = read_bytes(self.where(index))
         try:
             return _image(data)
         except Exception as error:  # what Pillow and libav raise of a broken or huge image is theirs
@@ -78,15 +78,21 @@ T = TypeVar("T")
 AnyVideo = decode.Video | Images
 
 
-def frame_files(folder: epath.Path) -> list[epath.Path]:
-    """The images in a folder, by the numbers in their names: frame_2 comes before frame_10."""
+def frame_files(folder: str) -> list[str]:
+    """Names of the images in a folder, by the numbers in them: frame_2 comes before frame_10."""
 
-    def by_number(file: epath.Path) -> tuple[list[tuple[int, str]], str]:
-        parts = re.split(r"(\d+)", file.name)
-        return [(int(part), "") if part.isdigit() else (0, part) for part in parts], file.name
+    def by_number(name: str) -> tuple[list[tuple[int, str]], str]:
+        parts = re.split(r"(\d+)", name)
+        return [(int(part), "") if part.isdigit() else (0, part) for part in parts], name
 
-    files = (file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted((file for file in files if not file.name.startswith(".")), key=by_number)
+    names = [file.name for file in epath.Path(folder).iterdir()] if is_remote(folder) else os.listdir(folder)
+    images = (name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+    names = [name for name in images if not name.startswith(".")]
+    # Names that differ in digits only, as nearly all do, are in that order as texts: a tenth of the time.
+    return sorted(names, key=by_number if len({name.translate(_DIGITS) for name in names}) > 1 else None)
+
+
+_DIGITS = str.maketrans("123456789", "000000000")
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
