@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/large_index.py --rows=10000000
 
-A folder with the manifest and index of that many records is written to a temporary place; a fresh process then
-opens it, holds 256 videos out, hashes what is left (as every run does), sends it to two loader processes, which
-look up records in the shuffled order, and says what each of that took. Private memory is what a process has for
-itself (USS); mapped files are shared by all. Prints one JSON line.
+A folder with the manifest and index of that many records is written to a temporary place. A fresh process
+opens it, holds 256 videos out and hashes what is left, as every run does; then it sends it to two loader
+processes, which look up records in the shuffled order. Private memory is what a process has for itself;
+mapped files are everybody's. Prints one JSON line.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import grain
-import numpy as np
 
 from videomae_jax import storage
 from videomae_jax.data import index, prepared, sources

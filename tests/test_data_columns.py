@@ -31,14 +31,14 @@ def test_texts_and_numbers_are_as_tuples(names, data):
     rows = np.array(data.draw(st.lists(st.integers(0, len(names) - 1), max_size=6)), np.int64)
     texts = columns.Texts(*columns.texts(names))
     same(texts, tuple(names))
-    same(texts.of(rows), tuple(names[i] for i in rows))
+    same(texts.take(rows), tuple(names[i] for i in rows))
     values = [len(name) - 1 for name in names]
     numbers = columns.Numbers(np.array(values, np.int32))
     same(numbers, tuple(values))
-    same(numbers.of(rows), tuple(values[i] for i in rows))
+    same(numbers.take(rows), tuple(values[i] for i in rows))
     assert numbers.count(0) == values.count(0)
     assert numbers.index(values[-1]) == values.index(values[-1])
-    np.testing.assert_array_equal(numbers.of(rows), np.array(values)[rows])
+    np.testing.assert_array_equal(numbers.take(rows), np.array(values)[rows])
 
 
 def test_many_rows_are_read_in_chunks():
@@ -50,7 +50,7 @@ def test_a_pickled_column_is_the_name_of_its_file(tmp_path):
     files = [str(tmp_path / f"{i}.npy") for i in (0, 1)]
     for file, array in zip(files, columns.texts([str(i) for i in range(10_000)]), strict=True):
         np.save(file, array)
-    column = columns.Texts(*map(columns.mapped, files)).of(np.array([7, 9999]))
+    column = columns.Texts(*map(columns.mapped, files)).take(np.array([7, 9999]))
     packed = pickle.dumps(column)
     assert len(packed) < 1000
     assert pickle.loads(packed) == ("7", "9999")

@@ -238,3 +238,25 @@ def test_fingerprint_tells_order_names_and_labels():
     prints = {source.fingerprint()} | {sources.VideoSource("root", *o).fingerprint() for o in others}
     assert len(prints) == 4
     assert sources.VideoSource("elsewhere", ("a", "b"), (0, 1)).fingerprint() == source.fingerprint()
+
+
+def test_a_folder_that_many_lines_name_is_listed_once(tmp_path, monkeypatch):
+    """Not one question for each line; links into nowhere are there, and what is absent has its line."""
+    names = [f"{i}.mp4" for i in range(100)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "50.mp4").unlink()
+    (tmp_path / "50.mp4").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "list.csv").write_text("\n".join(f"{name} 0" for name in names))
+    listed, plain = [], lists.os.listdir
+    monkeypatch.setattr(lists.os, "listdir", lambda folder: listed.append(folder) or plain(folder))
+    kind = type(lists.epath.Path(tmp_path))
+    asked, exists = [], kind.exists
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "exists", lambda self: asked.append(str(self)) or exists(self))
+        assert lists.from_csv(tmp_path / "list.csv").ids == tuple(names)
+    assert listed == [str(tmp_path)]
+    assert len(asked) <= 1  # whether the first line is a path as a whole
+    (tmp_path / "70.mp4").unlink()
+    with pytest.raises(sources.SourceError, match=r"list\.csv, line 71: no file .*70\.mp4 \(1 of 100 are"):
+        lists.from_csv(tmp_path / "list.csv")

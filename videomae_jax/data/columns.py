@@ -34,8 +34,10 @@ class Column(Sequence, abc.ABC, Generic[T]):
     def _length(self) -> int:
         """Rows of the arrays."""
 
-    def of(self, rows: np.ndarray) -> "Column[T]":
-        """The same column with these of its arrays' rows."""
+    def take(self, indices: Sequence[int] | np.ndarray) -> "Column[T]":
+        """The values at `indices`, in that order, of the same arrays."""
+        rows = np.asarray(indices, np.int64)
+        rows = rows.astype(np.uint32) if self._rows is None else self._rows[rows]
         return type(self)(*self._arrays, rows=rows)
 
     def __len__(self) -> int:
@@ -111,6 +113,13 @@ class Texts(Column[str]):
             rows = np.arange(start, stop, step)
         begins = np.where(rows > 0, ends[np.maximum(rows, 1) - 1], 0).tolist()
         return [data[a:b].tobytes().decode() for a, b in zip(begins, ends[rows].tolist(), strict=True)]
+
+
+def take(values: Sequence[T], indices: Sequence[int] | np.ndarray) -> Sequence[T]:
+    """The values at `indices` of a column, or of a tuple, which may be empty: it has none for anybody."""
+    if isinstance(values, Column):
+        return values.take(indices)
+    return tuple(values[i] for i in indices) if values else ()
 
 
 def texts(values: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

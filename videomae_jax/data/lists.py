@@ -1,5 +1,6 @@
 """Lists of videos: a path a line, with a class, classes or numbers; what is missing is named by its line."""
 
+import collections
 import csv
 import math
 import os
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from videomae_jax.data.sources import SUFFIXES, SourceError, VideoSource, join
+from videomae_jax.storage import is_remote
 
 _LIKE_LABEL = {"action", "category", "class", "labels", "class_id", "label_id", "target"}
 _NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf(inity)?)"
@@ -145,19 +147,19 @@ def _find(
     """Lines, names and labels of the videos that are there, with their suffix; (line, name) of the others."""
     first_line: dict[str, int] = {}
     endings: dict[str, dict[str, list[str]]] = {}
+    places = [video if is_remote(video) else os.path.join(folder, video) for video in names]
+    there = _There(places)
     found, absent = [], []
-    for line, video, label in zip(lines, names, labels, strict=True):
+    for line, video, label, place in zip(lines, names, labels, places, strict=True):
         if first_line.setdefault(video, line) != line:
             raise SourceError(f"{path}, line {line}: {video} is already on line {first_line[video]}")
-        place = join(folder, video)
-        # Not `exists`: what is a link into nowhere, or no file, is the failure of that video alone.
-        if place.exists() or os.path.islink(place):
+        if place in there:
             found.append((line, video, label))
             continue
-        parent = str(place.parent)
+        parent, _, name = place.rpartition("/")
         if parent not in endings:
-            endings[parent] = _by_stem(place.parent)
-        suffixes = endings[parent].get(place.name, [])
+            endings[parent] = _by_stem(epath.Path(parent or "/"))
+        suffixes = endings[parent].get(name, [])
         if len(suffixes) > 1:
             raise SourceError(f"{path}, line {line}: {video} is {' and '.join(suffixes)}: add the suffix")
         if suffixes:
@@ -166,6 +168,38 @@ def _find(
             absent.append((line, video))
     kept = list(zip(*found, strict=True)) or [(), (), ()]
     return list(kept[0]), tuple(kept[1]), list(kept[2]), absent
+
+
+class _There:
+    """Which of many places hold something; a folder of many is listed once, not asked for each.
+
+    A link into nowhere, or what is no file, is there: it is the failure of that video alone.
+    """
+
+    _MANY = 64
+
+    def __init__(self, places: Sequence[str]):
+        self._asked = collections.Counter(place.rpartition("/")[0] for place in places)
+        self._names: dict[str, set[str]] = {}
+
+    def __contains__(self, place: str) -> bool:
+        parent, _, name = place.rpartition("/")
+        if self._asked[parent] >= self._MANY:
+            if parent not in self._names:
+                self._names[parent] = _names_in(parent or "/")
+            if name in self._names[parent]:
+                return True
+        # Not in the list of names, and yet there: where upper and lower case are one.
+        return epath.Path(place).exists() or os.path.islink(place)
+
+
+def _names_in(folder: str) -> set[str]:
+    try:
+        return (
+            {e.name for e in epath.Path(folder).iterdir()} if is_remote(folder) else set(os.listdir(folder))
+        )
+    except OSError:  # absent, or no folder
+        return set()
 
 
 def _by_stem(folder: epath.Path) -> dict[str, list[str]]:

@@ -38,7 +38,7 @@ from videomae_jax.data import (
 from videomae_jax.data.collection import Collection, Entry
 from videomae_jax.storage import PARTIAL, Place
 
-_REPORTS, _SETTINGS = ".reports", "prepare.json"
+_SETTINGS = "prepare.json"
 
 
 class PrepareError(ValueError):
@@ -87,7 +87,11 @@ class Job:
 
     def report(self, shard: Shard) -> Place:
         """What is known of a written shard: a line per record, and the failures. The last file it gets."""
-        return storage.at(self.folder) / _REPORTS / f"{shard.split}-{shard.number:05d}.json"
+        return self.work() / f"{shard.split}-{shard.number:05d}.json"
+
+    def work(self) -> Place:
+        """The folder of what is needed until the work is finished."""
+        return storage.at(self.folder) / ".reports"
 
     def settings(self) -> dict[str, Any]:
         """What must be the same for a rerun."""
@@ -299,6 +303,7 @@ def finish(job: Job, max_failed: float = 1.0) -> dict[str, Any]:
         "records": len(rows),
         "frames": sum(row["frames"] for row in rows),
         "bytes": sum(row["bytes"] for row in rows),
+        "largest_short_side": max(min(row["height"], row["width"]) for row in rows),
         "splits": {
             split: {"records": sum(lengths[split]), "shard_lengths": lengths[split]} for split in lengths
         },
@@ -310,7 +315,7 @@ def finish(job: Job, max_failed: float = 1.0) -> dict[str, Any]:
     }
     manifest["hash"] = prepared.records_hash(rows, manifest)
     _write(folder / prepared.MANIFEST, json.dumps(manifest, indent=1))
-    _tidy(folder)
+    _tidy(job)
     return manifest
 
 
@@ -351,7 +356,7 @@ def finished(job: Job, retry_failed: bool = False) -> dict[str, Any] | None:
         (storage.at(job.folder) / prepared.MANIFEST).unlink()
         _forget(job, failed, retry_failed)
         return None
-    _tidy(storage.at(job.folder))  # the run that finished it may have been killed just then
+    _tidy(job)  # the run that finished it may have been killed just then
     return manifest
 
 
@@ -362,9 +367,9 @@ def _typed(row: dict[str, str]) -> dict[str, Any]:
     return row | numbers | {"fps": float(row["fps"])}
 
 
-def _tidy(folder: Place) -> None:
-    storage.remove_tree(folder / _REPORTS)
-    for left_over in folder.glob(f"{PARTIAL}*"):
+def _tidy(job: Job) -> None:
+    storage.remove_tree(job.work())
+    for left_over in storage.at(job.folder).glob(f"{PARTIAL}*"):
         left_over.unlink(missing_ok=True)
 
 

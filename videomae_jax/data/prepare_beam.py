@@ -1,21 +1,30 @@
 """The work of `prepare` as an Apache Beam pipeline: one element per shard, the same bytes as without it.
 
 Needs the extra `[beam]`, which pins older libraries than JAX's: give it an environment of its own. All
-workers see the folder and the videos by the same paths.
+workers see the folder and the videos by the same paths. What a shard is made of lies in the folder: the
+pipeline itself holds their number only, and is as small for ten million videos as for ten.
 """
 
+import dataclasses
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
 import apache_beam as beam  # pyright: ignore[reportMissingImports]
 from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports]
 
+from videomae_jax import storage
 from videomae_jax.data import prepare
+from videomae_jax.storage import Place
+
+
+def _place(job: prepare.Job, number: int) -> Place:
+    return job.work() / f"beam-{number:06d}.pickle"
 
 
 def write(job: prepare.Job, number: int) -> None:
-    """Writes shard `number` of the whole work, its videos one after the other."""
-    shard = job.shards()[number]
+    """Writes the shard `number` of those that were left, its videos one after the other."""
+    shard: prepare.Shard = pickle.loads(_place(job, number).read_bytes())
     prepare.write_shard(job, shard, (prepare.encode(entry, job.form) for entry in shard.entries))
 
 
@@ -31,10 +40,12 @@ def run(
     manifest = prepare.finished(job, retry_failed)
     if manifest is not None:
         return manifest
-    every = job.shards()
-    pending = set(prepare.pending(job))
-    left = [number for number, shard in enumerate(every) if shard in pending]
+    left = prepare.pending(job)
+    for number, shard in enumerate(left):
+        with storage.output(_place(job, number)) as path:
+            path.write_bytes(pickle.dumps(shard))
+    bare = dataclasses.replace(job, collection=dataclasses.replace(job.collection, splits={}, absent={}))
     with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
-        numbers = pipeline | beam.Create(left) | beam.Reshuffle()
-        numbers | beam.Map(lambda number: write(job, number))  # pyright: ignore[reportUnusedExpression]
+        numbers = pipeline | beam.Create([len(left)]) | beam.FlatMap(range) | beam.Reshuffle()
+        numbers | beam.Map(lambda number: write(bare, number))  # pyright: ignore[reportUnusedExpression]
     return prepare.finish(job, max_failed)

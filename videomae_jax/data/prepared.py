@@ -145,14 +145,8 @@ class PreparedSource(Source):
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "PreparedSource":
         """The videos at `indices`, in that order."""
-        rows = self.positions[np.asarray(indices, np.int64)]
-        chosen = {"ids": self.ids, "labels": self.labels}
-        chosen = {
-            name: column.of(rows) if isinstance(column, columns.Column) else tuple(column[i] for i in indices)
-            for name, column in chosen.items()
-        }
-        targets = tuple(self.targets[i] for i in indices) if self.targets else ()
-        return dataclasses.replace(self, positions=rows, targets=targets, **chosen)
+        positions = self.positions[np.asarray(indices, np.int64)]
+        return dataclasses.replace(super().select(indices), positions=positions)
 
     def hashes(self) -> np.ndarray:
         """As `Source.hashes`; they are stored."""
@@ -255,6 +249,7 @@ def open_prepared(path: str, split: str) -> PreparedSource:
         shards=tuple(zip(names, itertools.accumulate(lengths), strict=True)),
         targets=tuple(map(tuple, table.targets.tolist())),
         head=manifest.get("head", "softmax"),
+        short_side=manifest.get("largest_short_side", 0),
     )
 
 

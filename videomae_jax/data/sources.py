@@ -71,6 +71,7 @@ class Source(abc.ABC):
             name; labels are -1.
         notes: lines that the user should read: what was left out, and why there are no labels.
         absent: names of listed videos that are not there.
+        short_side: of every video's frames, at most, in pixels; 0: unknown.
     """
 
     root: str
@@ -81,6 +82,7 @@ class Source(abc.ABC):
     head: str = "softmax"
     notes: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    short_side: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -91,12 +93,8 @@ class Source(abc.ABC):
 
     def select(self: AnySource, indices: Sequence[int] | np.ndarray) -> AnySource:
         """The videos at `indices`, in that order."""
-        per_video = {
-            field.name: tuple(getattr(self, field.name)[i] for i in indices)
-            for field in dataclasses.fields(self)
-            if field.name in ("ids", "labels", "targets") and getattr(self, field.name)
-        }
-        return dataclasses.replace(self, **per_video)
+        chosen = {name: columns.take(getattr(self, name), indices) for name in ("ids", "labels", "targets")}
+        return dataclasses.replace(self, **chosen)
 
     def hashes(self) -> np.ndarray:
         """`hash_of` of each id, uint64 [N]."""
