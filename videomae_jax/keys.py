@@ -144,6 +144,11 @@ KEYS: dict[str, Key] = {
     "data.clips_per_video": Key(
         1, "crops, with masks of their own, of the same decoded frames", "[1, inf)", read_by=TRAINED
     ),
+    "data.resize": Key(
+        "auto",
+        "of training crops: host | device (of prepared data) | auto (device on GPU and TPU, where it can)",
+        read_by=MASKED,
+    ),
     "data.workers": Key(
         -1, "loader processes per host; 0: threads only; -1: by the usable cores", "[-1, inf)", is_free=True
     ),

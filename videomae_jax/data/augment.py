@@ -55,15 +55,19 @@ def resized_crop(frames: np.ndarray, box: rgb.Box, size: tuple[int, int]) -> np.
     """Crops uint8 [T, H, W, 3] to `box` and resizes to `size`; what lies outside the frame is black."""
     out = np.empty((len(frames), *size, frames.shape[-1]), np.uint8)
     for frame, target in zip(frames, out, strict=True):
-        part = rgb.crop(frame, box)
-        if part.shape[:2] == size:
-            target[:] = part
-        elif part.shape[0] <= size[0] and part.shape[1] <= size[1]:
-            cv2.resize(part, (size[1], size[0]), dst=target, interpolation=cv2.INTER_LINEAR)
-        else:
-            image = Image.fromarray(part).resize((size[1], size[0]), Image.Resampling.BILINEAR)
-            target[:] = np.asarray(image)
+        resize_into(rgb.crop(frame, box), target)
     return out
+
+
+def resize_into(frame: np.ndarray, target: np.ndarray) -> None:
+    """Resizes one frame, uint8 [H, W, 3], into another; see `resize`."""
+    height, width, _ = target.shape
+    if frame.shape == target.shape:
+        target[:] = frame
+    elif frame.shape[0] <= height and frame.shape[1] <= width:
+        cv2.resize(frame, (width, height), dst=target, interpolation=cv2.INTER_LINEAR)
+    else:
+        target[:] = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def centre_crop(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:

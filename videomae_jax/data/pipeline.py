@@ -45,30 +45,55 @@ class PretrainClip(grain.transforms.RandomMap):
         stride: distance of consecutive frames, in frames of the file.
         size: output (height, width) in pixels.
         clips_per_video: crops of the same frames, decoded once (V2 takes four).
+        short_side: of frames, at most; 0: unknown. Where it is known, crops are resized on the device.
     """
 
     frames: int
     stride: int
     size: tuple[int, int]
     clips_per_video: int = 1
+    short_side: int = 0
 
     def random_map(  # pyright: ignore[reportIncompatibleMethodOverride] (Grain's own says None)
         self, element: tuple[int, Record], rng: np.random.Generator
     ) -> dict[str, Any]:
-        """(place in the stream of videos, record) -> its clips, uint8 [R, T, H, W, 3], and their fields."""
+        """(place in the stream of videos, record) -> its clips, uint8 [R, T, H, W, 3], and their fields.
 
-        def choose_box(height: int, width: int) -> rgb.Box:
-            return augment.multi_scale_box(height, width, self.size, rng)
+        With `short_side` clips are not resized but padded, to squares that hold every crop; `crop` int32
+        [R, 2] is (height, width) of each.
+        """
+        boxes: list[rgb.Box] = []
+        made = clips_of(*element, lambda video: self._clips(video, boxes, rng), self._shape)
+        if not self.short_side:
+            return made
+        crops = [box[2:] for box in boxes] if made["weight"] else [self.size] * self.clips_per_video
+        return made | {"crop": np.array(crops, np.int32)}
 
-        def clips(video: AnyVideo) -> np.ndarray:
-            wanted = sampling.pretrain_clip(video.num_frames, self.frames, self.stride, rng)
-            if self.clips_per_video == 1:
-                return augment.resize(video.read(wanted, choose_box), self.size)[None]
-            frames = video.read(wanted)
-            boxes = [choose_box(*frames.shape[1:3]) for _ in range(self.clips_per_video)]
-            return np.stack([augment.resized_crop(frames, box, self.size) for box in boxes])
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        side = max(self.short_side, *self.size)
+        return self.clips_per_video, self.frames, *((side, side) if self.short_side else self.size), 3
 
-        return clips_of(*element, clips, (self.clips_per_video, self.frames, *self.size, 3))
+    def _clips(self, video: AnyVideo, boxes: list[rgb.Box], rng: np.random.Generator) -> np.ndarray:
+        """The clips of a video; puts the box of each into `boxes`. Frames are taken one after the other."""
+        wanted = sampling.pretrain_clip(video.num_frames, self.frames, self.stride, rng)
+        made = np.zeros(self._shape, np.uint8)
+
+        def draw(height: int, width: int) -> rgb.Box:
+            boxes[:] = [augment.multi_scale_box(height, width, self.size, rng) for _ in made]
+            return boxes[0] if len(boxes) == 1 else (0, 0, height, width)
+
+        chosen = decode.in_range(wanted, video.num_frames, video.name)
+        for index, frame in zip(chosen, video.each(chosen, draw), strict=True):
+            first, *others = np.flatnonzero(wanted == index)
+            for clip, box in zip(made, boxes, strict=True):
+                part = frame if len(boxes) == 1 else rgb.crop(frame, box)
+                if self.short_side:
+                    clip[first, : box[2], : box[3]] = part
+                else:
+                    augment.resize_into(part, clip[first])
+                clip[others] = clip[first]
+        return made
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from videomae_jax.config import Config, UserError
 from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
 from videomae_jax.interop import export, weights
-from videomae_jax.models import functional, masking, tubelets, vit
+from videomae_jax.models import functional, masking, resizing, tubelets, vit
 from videomae_jax.models.layout import Layout
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
 from videomae_jax.tasks import backbone, knn
@@ -35,7 +35,7 @@ class Latent(Task[VideoMAEConfig]):
     Attributes:
         model: encoder, and the predictor as its decoder.
         teacher: of the frozen encoder, which sees all tubelets.
-        mask, mask_ratio, stride, clips_per_video: as those of `Pretrain`.
+        mask, mask_ratio, stride, clips_per_video, short_side: as those of `Pretrain`.
         loss_kind: "l1", "mse" or "smooth_l1" to the teacher's tokens, each with mean 0 and variance 1.
     """
 
@@ -46,6 +46,7 @@ class Latent(Task[VideoMAEConfig]):
     loss_kind: str
     stride: int
     clips_per_video: int = 1
+    short_side: int = 0
     exported: ClassVar[tuple[str, ...]] = ("encoder",)
 
     @property
@@ -94,7 +95,7 @@ class Latent(Task[VideoMAEConfig]):
         layout: Layout,
     ) -> Terms:
         """The error of predicted tokens, a mean over hidden places; see `Task.terms`."""
-        model, video = nnx.merge(self.graphdef, params), batch["video"]
+        model, video = nnx.merge(self.graphdef, params), resizing.clips(batch, self.model.clip_size[1:])
         mask_keys = clip_keys(root, "mask", batch["index"])
         visible, hidden = masking.indices(mask_keys, self.mask, self.model.grid, self.mask_ratio)
         keys = clip_keys(root, "drop_path", batch["index"]) if self.model.drop_path > 0 else None
@@ -112,7 +113,8 @@ class Latent(Task[VideoMAEConfig]):
     def clip_transform(self) -> pipeline.PretrainClip:
         """Record -> training clip."""
         frames, *size = self.model.clip_size
-        return pipeline.PretrainClip(frames, self.stride, (size[0], size[1]), self.clips_per_video)
+        how = (self.clips_per_video, self.short_side)
+        return pipeline.PretrainClip(frames, self.stride, (size[0], size[1]), *how)
 
     def validator(self, run: Run) -> Validate:
         """k-NN on pooled tokens; see `knn.validator`."""
@@ -152,7 +154,7 @@ class Latent(Task[VideoMAEConfig]):
         )
 
 
-def make(config: Config, _train: Source | None, _weights: str) -> Latent:
+def make(config: Config, train: Source | None, _weights: str) -> Latent:
     """The task that the settings name; see `task.Make`.
 
     Raises:
@@ -182,6 +184,7 @@ def make(config: Config, _train: Source | None, _weights: str) -> Latent:
         loss_kind=config.loss.kind,
         stride=config.data.stride,
         clips_per_video=config.data.clips_per_video,
+        short_side=train.short_side if train is not None and config.data.resize == "device" else 0,
     )
     masking.counts(task.mask, task.model.grid, task.mask_ratio)
     if task.loss_kind not in tubelets.LOSSES:

@@ -16,7 +16,7 @@ from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
 from videomae_jax.evaluation import reconstruction
 from videomae_jax.interop import export
-from videomae_jax.models import functional, masking, tubelets, vit
+from videomae_jax.models import functional, masking, resizing, tubelets, vit
 from videomae_jax.models.layout import Layout
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
 from videomae_jax.tasks import backbone, knn
@@ -41,6 +41,7 @@ class Pretrain(Task[VideoMAEConfig]):
         decoder_mask: "running_cell": the decoder sees mask tokens at the places that it keeps only, without
             `decoder_ratio` of all, and the loss is over those of them that are hidden (VideoMAE V2, arXiv
             2303.16727). "none": at all hidden places, as in V1.
+        short_side: of the videos' frames, at most: crops are resized on the device; 0: by the loader.
     """
 
     model: VideoMAEConfig
@@ -52,6 +53,7 @@ class Pretrain(Task[VideoMAEConfig]):
     clips_per_video: int = 1
     decoder_mask: str = "none"
     decoder_ratio: float = 0.5
+    short_side: int = 0
     last_phase: ClassVar[str] = "pictures"
 
     @property
@@ -98,7 +100,8 @@ class Pretrain(Task[VideoMAEConfig]):
         places, counts = self.decoded(batch, root, hidden)
         keys = clip_keys(root, "drop_path", batch["index"]) if self.model.drop_path > 0 else None
         how = (self.normalize_target, self.loss_kind)
-        losses = model.token_losses(batch["video"], visible, places, *how, keys, layout)
+        video = resizing.clips(batch, self.model.clip_size[1:])
+        losses = model.token_losses(video, visible, places, *how, keys, layout)
         counts = batch["weight"][:, None] * counts
         return Terms((counts * losses).sum(), counts.sum(), {})
 
@@ -127,7 +130,8 @@ class Pretrain(Task[VideoMAEConfig]):
     def clip_transform(self) -> pipeline.PretrainClip:
         """Record -> training clip."""
         frames, *size = self.model.clip_size
-        return pipeline.PretrainClip(frames, self.stride, (size[0], size[1]), self.clips_per_video)
+        how = (self.clips_per_video, self.short_side)
+        return pipeline.PretrainClip(frames, self.stride, (size[0], size[1]), *how)
 
     def metadata(self) -> dict[str, Any]:
         """What is stored beside the parameters."""
@@ -200,7 +204,7 @@ class Pretrain(Task[VideoMAEConfig]):
         return reconstruct.reconstruct(model, clips, ids, visible, hidden, *how), ids, bad
 
 
-def make(config: Config, _train: Source | None, _weights: str) -> Pretrain:
+def make(config: Config, train: Source | None, _weights: str) -> Pretrain:
     """The task that the settings name; see `task.Make`.
 
     Raises:
@@ -218,6 +222,7 @@ def make(config: Config, _train: Source | None, _weights: str) -> Pretrain:
         loss_kind=config.loss.kind,
         stride=config.data.stride,
         clips_per_video=config.data.clips_per_video,
+        short_side=train.short_side if train is not None and config.data.resize == "device" else 0,
         decoder_mask=config.mask.decoder,
         decoder_ratio=config.mask.decoder_ratio,
     )

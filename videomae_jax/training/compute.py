@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from videomae_jax import sharding
 from videomae_jax.config import Config, UserError
+from videomae_jax.data.sources import Source
+from videomae_jax.keys import KEYS
 from videomae_jax.models import attention
 from videomae_jax.training import report
 
@@ -70,6 +72,26 @@ def settled(config: Config, platform: str, check: Check | None) -> Config:
         kind = _INSTEAD
         report.say(f"model.attention=auto: the fused kernel does not work here, using {kind} ({trouble})")
     model.attention = kind
+    return config
+
+
+def settled_resize(config: Config, train: Source, platform: str) -> Config:
+    """The settings with where the crops of these videos are resized.
+
+    Raises:
+        UserError: `data.resize` asks for what these videos do not allow, or is unknown.
+    """
+    wanted = config.data.resize
+    if wanted not in ("auto", "host", "device"):
+        raise UserError(f"data.resize={wanted!r} is unknown: use host, device or auto")
+    if wanted == "device" and not train.short_side:
+        raise UserError(
+            "data.resize=device needs frames of a known size: prepare the videos (again, if an older version "
+            "did), or leave data.resize at auto"
+        )
+    if wanted == "auto" and config.task in KEYS["data.resize"].read_by:
+        config = config.copy_and_resolve_references()
+        config.data.resize = "device" if platform != "cpu" and train.short_side else "host"
     return config
 
 

@@ -46,6 +46,7 @@ def run(config: Config, workdir: Place, started: float, make: Make) -> dict[str,
         stack.enter_context(hosts.Lock(workdir / ".lock"))
         phases.end("set-up")
         videos = hosts.agreed(lambda: planned.open_videos(config))
+        config = compute.settled_resize(config, videos.train, jax.default_backend())
         schedule = settings.make_schedule(config, len(videos.train))
         hosts.check_agreement(config, videos.train, workdir, compute=vars(planned.model.compute))
         _claim(workdir, config, videos.train)
@@ -131,6 +132,7 @@ def _claim(workdir: Place, config: Config, source: Source) -> None:
     theirs = json.loads(path.read_text())
     if theirs["config"]["model"]["dtype"] == "auto":  # of runs before it was stored as it was used
         theirs["config"]["model"]["dtype"] = export.read_config(workdir).compute.dtype
+    theirs["config"]["data"].setdefault("resize", "host")  # of runs before there was a choice
     changed = settings.differences(theirs["config"], ours["config"])
     if changed:
         raise UserError(

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from videomae_jax import config as settings
 from videomae_jax import storage
 from videomae_jax.config import Config, Schedule, UserError
-from videomae_jax.data import pipeline
+from videomae_jax.data import pipeline, transcode
 from videomae_jax.data.sources import Record, Source
 from videomae_jax.hardware import Chip
 from videomae_jax.training import compute, loop, report, step, trainer
@@ -121,7 +121,10 @@ def prepare(
     names = tuple(f"class {i}" for i in range(classes))
     rows = tuple(tuple(float(i == j) for j in range(classes)) for i in range(classes))
     has_targets = config.head.kind != "softmax"
+    if config.data.resize == "auto":
+        config.data.resize = "host"
     source = _Imagined("", names, tuple(range(classes)), names, rows if has_targets else (), config.head.kind)
+    source = dataclasses.replace(source, short_side=transcode.Form.short_side)
     task = make(config, source, config.init_from)
     loop.check_parts(config, task, mesh)
     # Of unknown videos there is one step an epoch, which changes no program but by a constant.
