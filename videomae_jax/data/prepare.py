@@ -251,6 +251,29 @@ def _start_encoder(parent: int) -> None:
     processes.die_with_parent(parent)
 
 
+def _report(job: Job, shard: Shard) -> dict[str, Any]:
+    return json.loads(job.report(shard).read_text())
+
+
+def _rows(job: Job, split: str = "") -> Iterator[dict[str, Any]]:
+    """A line for each record, of one split or all; read again each time, for there may be millions."""
+    for shard in job.shards():
+        if split in ("", shard.split):
+            yield from _report(job, shard)["rows"]
+
+
+class _Sums:
+    """What the records of a split come to, in all and by shard."""
+
+    def __init__(self, job: Job, split: str):
+        self.lengths = [len(_report(job, shard)["rows"]) for shard in job.shards() if shard.split == split]
+        self.records = sum(self.lengths)
+        self.bytes = self.frames = self.short_side = 0
+        for row in _rows(job, split):
+            self.bytes, self.frames = self.bytes + row["bytes"], self.frames + row["frames"]
+            self.short_side = max(self.short_side, min(row["height"], row["width"]))
+
+
 def finish(job: Job, max_failed: float = 1.0) -> dict[str, Any]:
     """Metadata, table and manifest of a folder whose shards are all written; returns the manifest.
 
@@ -267,45 +290,43 @@ def finish(job: Job, max_failed: float = 1.0) -> dict[str, Any]:
             f"{len(left)} of {len(job.shards())} shards are not written yet, the first is "
             f"{job.path(left[0]).name}: run the parts that lack"
         )
-    reports = {split: [] for split in job.collection.splits}
-    for shard in job.shards():
-        reports[shard.split].append(json.loads(job.report(shard).read_text()))
-    rows = [row for found in reports.values() for report in found for row in report["rows"]]
-    failed = [line for found in reports.values() for report in found for line in report["failed"]]
-    if not rows:
+    failed = [line for shard in job.shards() for line in _report(job, shard)["failed"]]
+    splits = {split: _Sums(job, split) for split in job.collection.splits}
+    count = sum(part.records for part in splits.values())
+    if not count:
         _forget(job, failed)
         raise PrepareError(f"none of {len(failed)} videos can be decoded, the first: {failed[0]['reason']}")
-    share = len(failed) / (len(rows) + len(failed))
+    share = len(failed) / (count + len(failed))
     if share > max_failed:
         again = sum(not failure["is_final"] for failure in failed)
         _forget(job, failed)
         raise PrepareError(
-            f"{len(failed)} of {len(rows) + len(failed)} videos failed, the first: {failed[0]['reason']}; "
+            f"{len(failed)} of {count + len(failed)} videos failed, the first: {failed[0]['reason']}; "
             f"the same command tries the {again} again that could not be read; "
             f"--max_failed={_round_up(share)} finishes without them (now {max_failed})"
         )
-    lengths = {split: [len(report["rows"]) for report in found] for split, found in reports.items()}
     for shard in job.shards():
-        prepared.check_shard(job.path(shard), lengths[shard.split][shard.number])
-    records.write_metadata(job.collection, job.folder, lengths, rows)
+        prepared.check_shard(job.path(shard), splits[shard.split].lengths[shard.number])
+    sizes = {split: (part.lengths, part.bytes) for split, part in splits.items()}
+    records.write_metadata(job.collection, job.folder, sizes)
     folder = storage.at(job.folder)
     with storage.output(folder / prepared.RECORDS) as path, path.open("w", newline="") as file:
         table = csv.DictWriter(file, prepared.COLUMNS)
         table.writeheader()
-        table.writerows(rows)
-    for split in reports:
-        index.write(folder, split, index.make(row for row in rows if row["split"] == split))
+        table.writerows(_rows(job))
+    for split in splits:
+        index.write(folder, split, index.make(_rows(job, split)))
     for name, text in scenes.lists(job.collection).items():
         _write(folder / name, text)
     absent = [{"split": split, "id": video} for split, ids in job.collection.absent.items() for video in ids]
     manifest = {
         **job.settings(),
-        "records": len(rows),
-        "frames": sum(row["frames"] for row in rows),
-        "bytes": sum(row["bytes"] for row in rows),
-        "largest_short_side": max(min(row["height"], row["width"]) for row in rows),
+        "records": count,
+        "frames": sum(part.frames for part in splits.values()),
+        "bytes": sum(part.bytes for part in splits.values()),
+        "largest_short_side": max(part.short_side for part in splits.values()),
         "splits": {
-            split: {"records": sum(lengths[split]), "shard_lengths": lengths[split]} for split in lengths
+            split: {"records": part.records, "shard_lengths": part.lengths} for split, part in splits.items()
         },
         "classes": list(job.collection.classes),
         "head": job.collection.head,
@@ -313,7 +334,7 @@ def finish(job: Job, max_failed: float = 1.0) -> dict[str, Any]:
         "failed": failed,
         "absent": absent,
     }
-    manifest["hash"] = prepared.records_hash(rows, manifest)
+    manifest["hash"] = prepared.records_hash(_rows(job), manifest)
     _write(folder / prepared.MANIFEST, json.dumps(manifest, indent=1))
     _tidy(job)
     return manifest

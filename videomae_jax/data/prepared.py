@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ def shard_name(name: str, split: str, shard: int, shards: int) -> str:
     return f"{name}-{split}.array_record-{shard:05d}-of-{shards:05d}"
 
 
-def records_hash(rows: list[dict[str, Any]], manifest: Mapping[str, Any]) -> str:
+def records_hash(rows: Iterable[Mapping[str, Any]], manifest: Mapping[str, Any]) -> str:
     """One hash of all records: split, id, label and bytes, in order; and of what labels and features mean."""
     total = hashlib.sha256()
     if manifest["format"] > 1:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -59,10 +60,8 @@ def serialize(features: Any, collection: Collection, entry: Entry, video: transc
     return message.Example.FromString(data).SerializeToString(deterministic=True)
 
 
-def write_metadata(
-    collection: Collection, folder: str, lengths: dict[str, list[int]], rows: list[dict[str, Any]]
-) -> None:
-    """Writes what TFDS reads of a folder of shards; `lengths` are theirs, by split.
+def write_metadata(collection: Collection, folder: str, sizes: Mapping[str, tuple[list[int], int]]) -> None:
+    """Writes what TFDS reads of a folder of shards; `sizes`: by split, the records of each, and all bytes.
 
     Once beside them, for `builder_from_directory(folder)`, and once in NAME/VERSION, where `tfds.load` and
     `tfds.data_source(NAME, data_dir=folder)` look. Stores (gs://) do not know "..": there only the first.
@@ -73,7 +72,7 @@ def write_metadata(
         tfds.core.SplitInfo(
             name=split,
             shard_lengths=shards,
-            num_bytes=sum(row["bytes"] for row in rows if row["split"] == split),
+            num_bytes=num_bytes,
             filename_template=tfds.core.ShardedFileTemplate(
                 data_dir=epath.Path(folder),
                 dataset_name=collection.name,
@@ -81,7 +80,7 @@ def write_metadata(
                 filetype_suffix="array_record",
             ),
         )
-        for split, shards in lengths.items()
+        for split, (shards, num_bytes) in sizes.items()
     ]
     identity = tfds.core.DatasetIdentity(
         name=collection.name, version=tfds.core.Version("1.0.0"), data_dir=folder, module_name=""

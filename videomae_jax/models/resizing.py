@@ -63,11 +63,11 @@ def gathered(
 
     def one(clip: Array, axis: int, places: Array, parts: Array) -> Array:
         shape = [-1 if i == axis else 1 for i in range(clip.ndim)]
-        taps = (
-            jnp.take(clip, places[:, k], axis=axis).astype(jnp.int32) * parts[:, k].reshape(shape)
-            for k in range(places.shape[1])
-        )
-        return ((sum(taps) + _ONE // 2) // _ONE).astype(jnp.uint8)
+        total = jnp.int32(_ONE // 2)  # divided by _ONE below: rounds
+        for k in range(places.shape[1]):
+            taken = jnp.take(clip, places[:, k], axis=axis).astype(jnp.int32)
+            total = total + taken * parts[:, k].reshape(shape)
+        return (total // _ONE).astype(jnp.uint8)
 
     lines = jax.vmap(lambda *clip: one(clip[0], 1, *clip[1:]))(video, rows, row_shares)
     return jax.vmap(lambda *clip: one(clip[0], 2, *clip[1:]))(lines, columns, column_shares)
