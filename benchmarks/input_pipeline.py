@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/input_pipeline.py VIDEO                        (needs the extra [torch])
     .venv/bin/python benchmarks/input_pipeline.py VIDEO --simulate-step-ms=0   (a step as fast as the loader)
 
-VIDEO is taken as it is and prepared in each form; "device": with crops that the step resizes
+VIDEO is taken as it is and prepared in each form; -device: with crops that the step resizes
 (data.resize=device). A clip is 16 frames, stride 4, from a random offset, multi-scale crop to 224, uint8. The
 usual loader: decord, PIL multi-scale crop, float32 tensor. CPU milliseconds are of the whole process, with
 one loader thread as the peer has one; rounds alternate forms and peer, and the figure to quote is the median
@@ -146,10 +146,13 @@ def usual_loader(decoded: Frames) -> Callable[[], Any]:
     return run
 
 
-def variants(found: dict[str, sources.Source]) -> dict[str, tuple[sources.Source, pipeline.PretrainClip]]:
+def variants(
+    found: dict[str, sources.Source], forms: list[str]
+) -> dict[str, tuple[sources.Source, pipeline.PretrainClip]]:
     """What is measured: each form, and those of known size with crops for the device."""
     plain = {name: (source, CLIP) for name, source in found.items()}
-    return plain | {f"{name}, device": (found[name], ON_DEVICE) for name in ("jpeg", "h264_intra")}
+    plain |= {f"{name}-device": (found[name], ON_DEVICE) for name in ("jpeg", "h264_intra")}
+    return {name: variant for name, variant in plain.items() if not forms or name in forms}
 
 
 def read_so_far() -> int:
@@ -216,9 +219,11 @@ class Loader:
         self._iterator.close()
 
 
-def compare(video: pathlib.Path, rounds: int, clips: int, folder: pathlib.Path) -> list[dict[str, Any]]:
+def compare(
+    video: pathlib.Path, rounds: int, clips: int, folder: pathlib.Path, forms: list[str]
+) -> list[dict[str, Any]]:
     """One row of figures per form."""
-    found = variants(make_sources(video, folder))
+    found = variants(make_sources(video, folder), forms)
     usual, opencv = usual_loader(by_decord(video)), usual_loader(by_opencv(video))
     cpu_ms(usual, 2), cpu_ms(opencv, 2)
     with decode.Video(video) as opened:
@@ -271,10 +276,12 @@ def compare(video: pathlib.Path, rounds: int, clips: int, folder: pathlib.Path) 
     return rows
 
 
-def simulate(video: pathlib.Path, step_ms: float, folder: pathlib.Path, batches: int) -> list[dict[str, Any]]:
+def simulate(
+    video: pathlib.Path, step_ms: float, folder: pathlib.Path, batches: int, forms: list[str]
+) -> list[dict[str, Any]]:
     """Share of time that a step of `step_ms` (0: as long as the loader takes for a batch) waits for data."""
     rows = []
-    for name, variant in variants(make_sources(video, folder)).items():
+    for name, variant in variants(make_sources(video, folder), forms).items():
         loader = Loader(*variant, 8, processes.usable_cores())
         _, wall = loader.run(batches)
         step = step_ms / 1e3 or wall
@@ -298,15 +305,17 @@ def main() -> None:
     parser.add_argument("video", type=pathlib.Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clips", type=int, default=24, help="per round and form")
+    parser.add_argument("--forms", default="", help="measured ones, as the table calls them; all by default")
     parser.add_argument("--simulate-step-ms", type=float, default=None)
     arguments = parser.parse_args()
+    forms = arguments.forms.split(",") if arguments.forms else []
     flags.FLAGS.mark_as_parsed()  # Grain reads absl's global flags
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         if arguments.simulate_step_ms is None:
-            rows = compare(arguments.video, arguments.rounds, arguments.clips, folder)
+            rows = compare(arguments.video, arguments.rounds, arguments.clips, folder, forms)
         else:
-            rows = simulate(arguments.video, arguments.simulate_step_ms, folder, 120)
+            rows = simulate(arguments.video, arguments.simulate_step_ms, folder, 120, forms)
     show(rows)
     print(json.dumps({"video": arguments.video.name, "cpu": _processor(), "rows": rows}))
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from videomae_jax.data import decode, pipeline, prepare, prepared, reading, sources, transcode
+from videomae_jax.data import decode, pipeline, prepare, prepared, ranges, reading, sources, transcode
 from videomae_jax.data.collection import Collection, Entry
 
 CLIP = pipeline.MiddleClip(frames=4, stride=1, size=(16, 16))
@@ -121,6 +121,33 @@ def test_prepared_data_in_a_bucket(bucket, endpoint, tmp_path, codec):
     (folder / "own-train.array_record-00001-of-00003").unlink()
     prepared._opened.cache_clear()
     assert "own-train.array_record-00001-of-00003, record 0 (2.mp4): cannot be read" in remote[2]["error"]
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "mjpeg"])
+def test_a_record_that_a_store_has_the_third_time_is_read(bucket, endpoint, tmp_path, monkeypatch, codec):
+    monkeypatch.setattr(reading, "_PAUSES", (0.0, 0.0))
+    path = clips.write(tmp_path / "a.mp4", clips.numbered_frames(6))
+    collection = Collection("own", {"train": [Entry("a.mp4", path)]})
+    prepare.run(prepare.Job(collection, str(tmp_path / "set"), transcode.Form(codec), 2), 1)
+    shutil.copytree(tmp_path / "set", bucket / f"again-{codec}")
+    source, asked = prepared.open_source(f"gs://bucket/again-{codec}", "train"), []
+    kind, name = (prepared._Shards, "read") if codec == "mjpeg" else (ranges._Remote, "_bytes")
+    plain = getattr(kind, name)
+
+    def unsteady(self, *place):
+        asked.append(place)
+        if len(asked) % 3:
+            raise RuntimeError("503")
+        return plain(self, *place)
+
+    monkeypatch.setattr(kind, name, unsteady)
+    record = source[0]
+    assert (record["error"], len(asked)) == ("", 3)
+    made = CLIP.map((0, record))
+    assert (made["weight"], made["error"]) == (1, "")
+    monkeypatch.setattr(kind, name, lambda *_: (_ for _ in ()).throw(RuntimeError("503")))
+    assert "record 0 (a.mp4): cannot be read (" in source[0]["error"]
+    assert "503" in source[0]["error"]
 
 
 @settings(deadline=None)

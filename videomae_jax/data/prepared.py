@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from videomae_jax.data import columns, images, index, ranges, reading
+from videomae_jax.data import columns, decode, images, index, ranges, reading
 from videomae_jax.data.lists import from_csv
 from videomae_jax.data.sources import (
     SUFFIXES,
@@ -32,6 +32,7 @@ from videomae_jax.data.sources import (
     from_folder,
     split_part,
 )
+from videomae_jax.storage import is_remote
 
 FORMAT = 3  # 2: no JPEGs with a table; 1: the hash knew neither classes nor features, there were no targets
 MANIFEST, RECORDS = "manifest.json", "records.csv"
@@ -124,7 +125,7 @@ class PreparedSource(Source):
         row = int(self.positions[index])
         try:
             if not len(self.table.places):
-                record = _shards(self.root, self.split).read(row)
+                record = reading.patiently(lambda: self._stored(row))
                 video, found = record["video"], record["id"].decode()
             else:
                 path = str(epath.Path(self.root) / self.place(index)[0])
@@ -136,6 +137,15 @@ class PreparedSource(Source):
         if found != name:
             raise SourceError(f"holds {found}, so its label would be another video's")
         return video
+
+    def _stored(self, row: int) -> dict[str, Any]:
+        try:
+            return _shards(self.root, self.split).read(row)
+        except Exception as error:  # the reader is C++ and has few types for all
+            # A store may have it the next time; what a disk has not, it will never have.
+            if is_remote(self.root):
+                raise decode.ReadError(str(error)) from None
+            raise
 
     def place(self, index: int) -> tuple[str, int]:
         """(shard file, record in it) of a video."""
