@@ -46,6 +46,11 @@ def run(
             path.write_bytes(pickle.dumps(shard))
     bare = dataclasses.replace(job, collection=dataclasses.replace(job.collection, splits={}, absent={}))
     with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
-        numbers = pipeline | beam.Create([len(left)]) | beam.FlatMap(range) | beam.Reshuffle()
+        numbers = (
+            pipeline
+            | beam.Create([len(left)])
+            | beam.FlatMap(lambda count: iter(range(count)))
+            | beam.Reshuffle()
+        )
         numbers | beam.Map(lambda number: write(bare, number))  # pyright: ignore[reportUnusedExpression]
     return prepare.finish(job, max_failed)

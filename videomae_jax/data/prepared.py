@@ -155,8 +155,14 @@ class PreparedSource(Source):
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "PreparedSource":
         """The videos at `indices`, in that order."""
-        positions = self.positions[np.asarray(indices, np.int64)]
-        return dataclasses.replace(super().select(indices), positions=positions)
+        rows = self.positions[np.asarray(indices, np.int64)]
+        labels = columns.take(self.labels, indices)
+        if isinstance(self.labels, columns.Column):
+            labels = columns.Numbers(self.table.labels, rows=rows)
+        # One array of rows for all: it is most of what a loader process is sent.
+        ids, targets = columns.Texts(self.table.ids, self.table.id_ends, rows=rows), self.targets
+        chosen = {"ids": ids, "labels": labels, "targets": columns.take(targets, indices)}
+        return dataclasses.replace(self, positions=rows, **chosen)
 
     def hashes(self) -> np.ndarray:
         """As `Source.hashes`; they are stored."""
