@@ -71,8 +71,15 @@ def test_no_part_holds_all_scores():
     assert needs("blocks") < scores / 2
 
 
+@pytest.mark.parametrize(("tokens", "is_tiled"), [(288, False), (383, False), (384, True), (392, True)])
+def test_from_how_many_tokens_the_tpus_kernel_is_taken(tokens, is_tiled):
+    heads = jax.ShapeDtypeStruct((1, 2, tokens, 64), jnp.bfloat16)
+    program = str(jax.make_jaxpr(lambda x: attention.attend(x, x, x, "splash"))(heads))
+    assert ("pallas_call" in program) == is_tiled
+
+
 def test_a_tile_fills_up_little():
-    for tokens in range(513, 6000, 37):
+    for tokens in range(384, 6000, 37):
         size = attention.tile(tokens)
         filled = -(-tokens // size) * size
         assert size % 128 == 0
