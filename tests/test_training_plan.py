@@ -82,6 +82,24 @@ def test_a_batch_that_does_not_fit_is_said_and_the_largest_found(capsys):
     assert "does NOT fit" in capsys.readouterr().out
 
 
+def test_what_a_compiler_refuses_for_its_size_is_fitted(monkeypatch, capsys):
+    """As a TPU's does: it is the batch or the remat that must change, not the attention kernel."""
+
+    def compiled(this: planned.Planned) -> planned.Compiled:
+        if this.config.model.remat == "none" and this.rows > 4:
+            return planned.Compiled("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
+        return planned.Compiled("", 2**30, this.rows * 2**30, Bytes(1.0))
+
+    monkeypatch.setattr(plan, "compile_step", compiled)
+    config = load_config("debug", "task=pretrain")
+    config.data.batch_size = 64
+    found = plan.run(config, table.make_task, like("v5e"), fit=True)
+    assert (found["fits"], found["compiles"], found["largest_clips_per_device"]) == (False, False, 4)
+    assert "--config.model.remat=dots: the least that fits this batch" in found["advice"]
+    assert not [line for line in found["advice"] if "attention=xla" in line]
+    assert "does NOT fit: RESOURCE_EXHAUSTED" in capsys.readouterr().out
+
+
 def test_time_on_links():
     chip, mesh = hardware.CHIPS["h100"], {"data": 2, "fsdp": 8, "tensor": 1}
     near = (Collective("all-gather", ("fsdp",), 8 * 10**9, 2),)

@@ -65,7 +65,7 @@ def run(
     report.say(f"{config.task} on {topology.name}, mesh {_mesh_name(planned)}: {planned.task.describe()}")
     compiled = compile_step(planned)
     found = _figures(planned, compiled)
-    if fit and topology.chip and not compiled.trouble:
+    if fit and topology.chip and (not compiled.trouble or compiled.is_too_large):
 
         def again(rows: int, remat: str = config.model.remat) -> tuple[Planned, Compiled]:
             other = config.copy_and_resolve_references()
@@ -112,6 +112,7 @@ def _figures(planned: Planned, compiled: Compiled) -> dict[str, Any]:
         "unroll": config.model.unroll,
         "compiles": not compiled.trouble,
         "trouble": compiled.trouble,
+        "is_too_large": compiled.is_too_large,
         "fits": compiled.fits(chip),
         "argument_gib": compiled.arguments / 2**30,
         "temporary_gib": compiled.temporaries / 2**30,
@@ -167,9 +168,10 @@ def _collected(collectives: tuple[Collective, ...]) -> list[dict[str, Any]]:
 def _advice(planned: Planned, compiled: Compiled, found: dict[str, Any]) -> list[str]:
     """What to change first."""
     model, chip = planned.config.model, planned.topology.chip
-    if compiled.trouble and model.attention != "xla":
-        return ["--config.model.attention=xla, if it is the kernel that does not compile"]
-    if chip is None or compiled.trouble:
+    if compiled.trouble and not compiled.is_too_large:
+        kernel = "--config.model.attention=xla, if it is the kernel that does not compile"
+        return [kernel] if model.attention != "xla" else []
+    if chip is None:
         return []
     advice = []
     if not found["fits"]:
@@ -182,7 +184,7 @@ def _advice(planned: Planned, compiled: Compiled, found: dict[str, Any]) -> list
         elif "smallest_remat" not in found and model.remat != "full":
             stronger = _REMAT[_REMAT.index(model.remat) + 1]
             advice.append(f"--config.model.remat={stronger}: computes again what it does not keep")
-        if compiled.arguments > chip.memory / 3 and planned.mesh.shape["data"] > 1:
+        if (compiled.is_too_large or compiled.arguments > chip.memory / 3) and planned.mesh.shape["data"] > 1:
             advice.append("--config.mesh.fsdp=N: parameters and optimizer in parts")
         if planned.topology.platform == "cuda":
             advice.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.92: JAX takes three quarters of a GPU by default")
@@ -210,7 +212,7 @@ def _with_auto(config: Config) -> Config:
 def _print(found: dict[str, Any]) -> None:
     say = report.say
     if found["trouble"]:
-        say(f"does not compile: {found['trouble']}")
+        say(f"{'does NOT fit' if found['is_too_large'] else 'does not compile'}: {found['trouble']}")
     else:
         limit = f" of {found['memory_gib']:.2f}" if found["memory_gib"] else ""
         total = found["argument_gib"] + found["temporary_gib"]

@@ -55,6 +55,11 @@ class Compiled:
     movers: tuple[tuple[str, float], ...] = ()
     talks_to_host: bool = False
 
+    @property
+    def is_too_large(self) -> bool:
+        """Whether it does not compile because it would not fit: a TPU's compiler refuses such programs."""
+        return "RESOURCE_EXHAUSTED" in self.trouble
+
     def fits(self, chip: Chip | None) -> bool | None:
         """Whether it fits the memory of a chip; None: there is no data sheet."""
         if chip is None:
@@ -170,9 +175,11 @@ def compile_step(planned: Planned) -> Compiled:
     with _Progress(f"compiling for {planned.topology.name}"):
         try:
             compiled = _compiled(lowered)
+            found = read(compiled, mesh)
         except Exception as error:  # compilers raise what they like
-            return Compiled(trouble=" ".join(str(error).split())[:300] or type(error).__name__)
-    found = read(compiled, mesh)
+            found = Compiled(trouble=" ".join(str(error).split())[:300] or type(error).__name__)
+            if not found.is_too_large:  # all else may be another the next time
+                return found
     path.parent.mkdir(parents=True, exist_ok=True)
     report.write_json(path, dataclasses.asdict(found))
     return found
