@@ -111,12 +111,19 @@ def test_the_loader_leaves_the_same_crops_to_the_device(tmp_path, clips_per_vide
         assert "crop" not in expected
 
 
-def test_a_bad_video_has_a_crop_too(tmp_path):
+@pytest.mark.parametrize(
+    ("side", "reason"), [(0, "cannot be opened"), (32, "is 48x32, more than its data set")]
+)
+def test_a_bad_video_has_a_crop_too(tmp_path, side, reason):
     clip = pipeline.PretrainClip(4, 1, (16, 16), 2, short_side=24)
-    record = {"video": str(tmp_path / "none.mp4"), "name": "a", "label": 0, "record": 0, "error": ""}
+    path = str(tmp_path / "a.mp4")
+    if side:
+        decode.write_video(path, np.zeros((8, side, 48, 3), np.uint8), 25)
+    record = {"video": path, "name": "a", "label": 0, "record": 0, "error": ""}
     made = clip.random_map((0, record), np.random.default_rng(0))
     assert (made["weight"], made["video"].shape, made["video"].any()) == (0, (2, 4, 24, 24, 3), False)
     assert made["crop"].tolist() == [[16, 16]] * 2
+    assert reason in made["error"]
 
 
 def test_clips_of_their_size_are_left_alone():

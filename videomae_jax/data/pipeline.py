@@ -80,6 +80,8 @@ class PretrainClip(grain.transforms.RandomMap):
         made = np.zeros(self._shape, np.uint8)
 
         def draw(height: int, width: int) -> rgb.Box:
+            if self.short_side and min(height, width) > self.short_side:  # a damaged header can say anything
+                raise decode.DecodeError(f"{video.name}: is {width}x{height}, more than its data set has")
             boxes[:] = [augment.multi_scale_box(height, width, self.size, rng) for _ in made]
             return boxes[0] if len(boxes) == 1 else (0, 0, height, width)
 
