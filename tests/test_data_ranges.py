@@ -149,3 +149,16 @@ def test_an_index_is_made_of_the_table_of_records(stored, tmp_path):
     (tmp_path / "cut" / "index" / "train-labels.npy").unlink()
     with pytest.raises(prepared.SourceError, match=r"index is damaged .*: prepare the data set again"):
         prepared.open_source(str(tmp_path / "cut"), "train")
+
+
+def test_ten_thousand_opens_leave_nothing_open(stored):
+    source = prepared.open_source(str(stored), "train")
+    before = len(os.listdir("/proc/self/fd"))
+    held = [source[i % 2]["video"] for i in range(20)]
+    assert len(os.listdir("/proc/self/fd")) == before + 20
+    del held
+    for i in range(10_000):
+        with source[i % 2]["video"] as video:
+            assert video.num_frames == 100
+    del video
+    assert len(os.listdir("/proc/self/fd")) == before
