@@ -132,7 +132,9 @@ def _claim(workdir: Place, config: Config, source: Source) -> None:
     theirs = json.loads(path.read_text())
     if theirs["config"]["model"]["dtype"] == "auto":  # of runs before it was stored as it was used
         theirs["config"]["model"]["dtype"] = export.read_config(workdir).compute.dtype
-    theirs["config"]["data"].setdefault("resize", "host")  # of runs before there was a choice
+    resize = ours["config"]["data"]["resize"]
+    # Before there was a choice it was the host, as where a method reads no such setting.
+    theirs["config"]["data"].setdefault("resize", "host" if resize == "device" else resize)
     changed = settings.differences(theirs["config"], ours["config"])
     if changed:
         raise UserError(

@@ -126,7 +126,7 @@ def prepare(
     names = tuple(f"class {i}" for i in range(classes))
     rows = tuple(tuple(float(i == j) for j in range(classes)) for i in range(classes))
     has_targets = config.head.kind != "softmax"
-    if config.data.resize == "auto":
+    if config.data.resize == "auto":  # depends on videos that are not there
         config.data.resize = "host"
     source = _Imagined("", names, tuple(range(classes)), names, rows if has_targets else (), config.head.kind)
     source = dataclasses.replace(source, short_side=transcode.Form.short_side)
