@@ -15,7 +15,7 @@ from videomae_jax.models import resizing
 
 SIDE, SIZE = 96, (80, 64)
 RESIZE = jax.jit(lambda video, crop: resizing.resize(video, crop, SIZE))
-SHARES = jax.jit(resizing.shares, static_argnums=(1, 2))
+TAPS = jax.jit(resizing.taps, static_argnums=(1, 2))
 
 
 def padded(frames: np.ndarray) -> np.ndarray:
@@ -45,9 +45,7 @@ def test_pixels_are_pillows_to_one_grey_level(height, width, seed, is_noise):
 
 def dense(crop: int, size: int) -> np.ndarray:
     """The shares of every pixel of a line, in 1/256, int [size, SIDE]."""
-    places, shares = (
-        np.asarray(part[0]) for part in resizing.shares(jnp.array([crop], jnp.int32), size, SIDE)
-    )
+    places, shares = (np.asarray(part[0]) for part in resizing.taps(jnp.array([crop], jnp.int32), size, SIDE))
     found = np.zeros((size, SIDE), int)
     for pixel in range(size):
         np.add.at(found[pixel], places[pixel], shares[pixel])
@@ -77,7 +75,7 @@ def test_both_ways_give_the_same_bytes():
     rng = np.random.default_rng(0)
     video = rng.integers(0, 256, (3, 1, SIDE, SIDE, 3), dtype=np.uint8)
     crops = np.array([[96, 70], [50, 96], [80, 64]], np.int32)
-    taps = [part for i in (0, 1) for part in resizing.shares(jnp.asarray(crops[:, i]), SIZE[i], SIDE)]
+    taps = [resizing.taps(jnp.asarray(crops[:, i]), SIZE[i], SIDE) for i in (0, 1)]
     ways = [np.asarray(way(jnp.asarray(video), *taps)) for way in (resizing.gathered, resizing.multiplied)]
     texts = [str(jax.make_jaxpr(way)(video, *taps)) for way in (resizing.gathered, resizing.multiplied)]
     assert ["dot_general" in text for text in texts] == [False, True]

@@ -1,6 +1,7 @@
 """Crops to clips on the device, as Pillow resizes them; in whole numbers, so bytes are the same anywhere."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,13 @@ def clips(batch: dict[str, Array], size: tuple[int, int]) -> UInt8[Array, "B T H
     return resize(batch["video"], batch["crop"], size) if "crop" in batch else batch["video"]
 
 
+class Taps(NamedTuple):
+    """What each of N pixels of a line takes: the places of K given ones, and their shares in 1/256."""
+
+    places: Int32[Array, "B N K"]
+    shares: Int32[Array, "B N K"]
+
+
 def resize(
     video: UInt8[Array, "B T S Z C"], crop: Int[Array, "B 2"], size: tuple[int, int]
 ) -> UInt8[Array, "B T H W C"]:
@@ -23,14 +31,12 @@ def resize(
     multiplies matrices, for it gathers slowly; others gather, which needs no space for what is between.
     """
     crop = crop.astype(jnp.int32)
-    rows, columns = (shares(crop[:, i], size[i], video.shape[2 + i]) for i in (0, 1))
-    return jax.lax.platform_dependent(video, *rows, *columns, tpu=multiplied, default=gathered)
+    rows, columns = (taps(crop[:, i], size[i], video.shape[2 + i]) for i in (0, 1))
+    return jax.lax.platform_dependent(video, rows, columns, tpu=multiplied, default=gathered)
 
 
-def shares(
-    crop: Int32[Array, " B"], size: int, given: int
-) -> tuple[Int32[Array, "B N K"], Int32[Array, "B N K"]]:
-    """(places, shares of them in 1/256) that each of `size` pixels takes of the first `crop` of `given`.
+def taps(crop: Int32[Array, " B"], size: int, given: int) -> Taps:
+    """What each of `size` pixels takes of the first `crop` of `given`.
 
     A triangle around the pixel's centre, as wide as two pixels, of the larger kind; all in units of half a
     pixel of the crop divided by `size`. The largest share makes up for the rounding.
@@ -45,53 +51,35 @@ def shares(
     found = (2 * _ONE * weights + total) // (2 * total)
     is_largest = jnp.arange(found.shape[-1]) == found.argmax(axis=-1, keepdims=True)
     rest = _ONE - found.sum(axis=-1, keepdims=True)
-    return jnp.clip(places, 0, crop - 1), found + jnp.where(is_largest, rest, 0)
+    return Taps(jnp.clip(places, 0, crop - 1), found + jnp.where(is_largest, rest, 0))
 
 
-_Rows = Int32[Array, "B H K"]
-_Columns = Int32[Array, "B W Q"]
-
-
-def gathered(
-    video: UInt8[Array, "B T S Z C"],
-    rows: _Rows,
-    row_shares: _Rows,
-    columns: _Columns,
-    column_shares: _Columns,
-) -> UInt8[Array, "B T H W C"]:
+def gathered(video: UInt8[Array, "B T S Z C"], rows: Taps, columns: Taps) -> UInt8[Array, "B T H W C"]:
     """Each pixel's sums of what it takes, first along columns, then along rows."""
 
-    def one(clip: Array, axis: int, places: Array, parts: Array) -> Array:
+    def one(clip: Array, axis: int, places: Array, shares: Array) -> Array:
         shape = [-1 if i == axis else 1 for i in range(clip.ndim)]
         total = jnp.int32(_ONE // 2)  # divided by _ONE below: rounds
         for k in range(places.shape[1]):
             taken = jnp.take(clip, places[:, k], axis=axis).astype(jnp.int32)
-            total = total + taken * parts[:, k].reshape(shape)
+            total = total + taken * shares[:, k].reshape(shape)
         return (total // _ONE).astype(jnp.uint8)
 
-    lines = jax.vmap(lambda *clip: one(clip[0], 1, *clip[1:]))(video, rows, row_shares)
-    return jax.vmap(lambda *clip: one(clip[0], 2, *clip[1:]))(lines, columns, column_shares)
+    lines = jax.vmap(lambda clip, taken: one(clip, 1, *taken))(video, rows)
+    return jax.vmap(lambda clip, taken: one(clip, 2, *taken))(lines, columns)
 
 
-def multiplied(
-    video: UInt8[Array, "B T S Z C"],
-    rows: _Rows,
-    row_shares: _Rows,
-    columns: _Columns,
-    column_shares: _Columns,
-) -> UInt8[Array, "B T H W C"]:
+def multiplied(video: UInt8[Array, "B T S Z C"], rows: Taps, columns: Taps) -> UInt8[Array, "B T H W C"]:
     """The same sums as two products of matrices."""
     batch, frames, side, other, channels = video.shape
     exact = {"preferred_element_type": jnp.float32}
     lines = video.astype(jnp.bfloat16).reshape(batch, frames, side, other * channels)
-    lines = jnp.einsum("bhs,btsx->bthx", _matrix(rows, row_shares, side), lines, **exact)
+    lines = jnp.einsum("bhs,btsx->bthx", _matrix(rows, side), lines, **exact)
     lines = jnp.floor(lines + 0.5).astype(jnp.bfloat16).reshape(batch, frames, -1, other, channels)
-    found = jnp.einsum("bwz,bthzc->bthwc", _matrix(columns, column_shares, other), lines, **exact)
+    found = jnp.einsum("bwz,bthzc->bthwc", _matrix(columns, other), lines, **exact)
     return jnp.floor(found + 0.5).astype(jnp.uint8)
 
 
-def _matrix(
-    places: Int32[Array, "B N K"], parts: Int32[Array, "B N K"], given: int
-) -> BFloat16[Array, "B N S"]:
-    is_there = places[..., None] == jnp.arange(given)
-    return (jnp.where(is_there, parts[..., None], 0).sum(axis=2) / _ONE).astype(jnp.bfloat16)
+def _matrix(taken: Taps, given: int) -> BFloat16[Array, "B N S"]:
+    is_there = taken.places[..., None] == jnp.arange(given)
+    return (jnp.where(is_there, taken.shares[..., None], 0).sum(axis=2) / _ONE).astype(jnp.bfloat16)
