@@ -29,11 +29,11 @@ def same(column: columns.Column, expected: tuple) -> None:
 @given(TEXTS, st.data())
 def test_texts_and_numbers_are_as_tuples(names, data):
     rows = np.array(data.draw(st.lists(st.integers(0, len(names) - 1), max_size=6)), np.int64)
-    texts = columns.Texts(*columns.texts(names))
+    texts = columns.texts(names)
     same(texts, tuple(names))
     same(texts.take(rows), tuple(names[i] for i in rows))
     values = [len(name) - 1 for name in names]
-    numbers = columns.Numbers(np.array(values, np.int32))
+    numbers = columns.numbers(values)
     same(numbers, tuple(values))
     same(numbers.take(rows), tuple(values[i] for i in rows))
     assert numbers.count(0) == values.count(0)
@@ -43,17 +43,23 @@ def test_texts_and_numbers_are_as_tuples(names, data):
 
 def test_many_rows_are_read_in_chunks():
     names = [f"class/{i}.mp4" for i in range(150_000)]
-    assert list(columns.Texts(*columns.texts(names))) == names
+    assert list(columns.texts(names)) == names
 
 
-def test_a_pickled_column_is_the_name_of_its_file(tmp_path):
-    files = [str(tmp_path / f"{i}.npy") for i in (0, 1)]
-    for file, array in zip(files, columns.texts([str(i) for i in range(10_000)]), strict=True):
-        np.save(file, array)
-    column = columns.Texts(*map(columns.mapped, files)).take(np.array([7, 9999]))
-    packed = pickle.dumps(column)
-    assert len(packed) < 1000
-    assert pickle.loads(packed) == ("7", "9999")
+def test_a_large_column_is_sent_as_the_names_of_its_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    count = 300_000
+    for column in (columns.texts(map(str, range(count))), columns.numbers(range(count))):
+        chosen = column.take(np.array([7, 9999]))
+        assert len(pickle.dumps(chosen)) < 1000
+        assert pickle.loads(pickle.dumps(chosen)) == tuple(chosen)
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*.npy")}
+    assert len(files) == 3
+    columns.numbers(range(count))
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.npy")} == files
+    small = columns.texts("ab")
+    assert pickle.loads(pickle.dumps(small)) == ("a", "b")
+    assert set(tmp_path.rglob("*.npy")) == set(files)
 
 
 @settings(deadline=None)

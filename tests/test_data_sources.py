@@ -2,7 +2,9 @@
 
 import pickle
 
+import fsspec
 import pytest
+from fsspec.implementations import local
 
 from videomae_jax.data import lists, prepared, sources
 
@@ -42,6 +44,37 @@ def test_links_to_folders_are_followed_and_circles_end(tmp_path):
     (root / "jump").symlink_to(tmp_path / "elsewhere")
     (root / "run" / "up").symlink_to(root)
     assert sources.from_folder(root).ids == ("jump/1.mp4", "run/2.mp4")
+
+
+def test_videos_are_in_order_of_the_parts_of_their_paths(tmp_path):
+    names = (
+        "a b/1.mp4",
+        "a-b/1.mp4",
+        "a/2/x.mp4",
+        "a/2-1.mp4",
+        "a/10.mp4",
+        "a.d/1.mp4",
+        "é/1.mp4",
+        "z/1.mp4",
+    )
+    found = tuple(sources.videos_below(touch(tmp_path, *names)))
+    assert found == tuple(sorted(names, key=lambda name: name.split("/"))) != tuple(sorted(names))
+    assert sources.from_folder(tmp_path).ids == found
+
+
+def test_a_folder_in_a_store_is_listed_once_and_no_file_asked_for(bucket, monkeypatch):
+    names = [f"{kind}/{i}.mp4" for kind in ("jump", "run") for i in range(20)]
+    touch(bucket / "listed", *names)
+    asked, plain = [], local.LocalFileSystem.ls
+    monkeypatch.setattr(
+        local.LocalFileSystem, "ls", lambda *a, **kw: (asked.append(a[1]), plain(*a, **kw))[1]
+    )
+    for question in ("info", "isdir", "exists"):
+        monkeypatch.setattr(type(fsspec.filesystem("gs")), question, lambda *_: pytest.fail("asked for one"))
+    assert sorted(sources.videos_below("gs://bucket/listed")) == sorted(names)
+    assert len(asked) == 3
+    with pytest.raises(FileNotFoundError):
+        list(sources.videos_below("gs://bucket/absent"))
 
 
 def test_split_folders(tmp_path):

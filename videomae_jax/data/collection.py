@@ -100,7 +100,7 @@ class VideoFinder:
         if not folder.is_dir():
             raise SourceError(f"{folder} is no folder of videos: pass the one that holds them with --videos")
         self._by_name: dict[str, list[epath.Path]] = {}
-        for path in sources.videos_below(folder):
+        for path in (folder / video for video in sources.videos_below(folder)):
             name = path.stem if path.suffix.lower() in sources.SUFFIXES else path.name
             for key in (name, f"{path.parent.name}/{name}"):
                 self._by_name.setdefault(key, []).append(path)

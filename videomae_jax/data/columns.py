@@ -4,14 +4,20 @@ Ten million ids are 0.3 GB that all processes of a host share. A pickled column 
 """
 
 import abc
+import array
+import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, SupportsIndex, TypeVar, overload
 
 import numpy as np
 
+from videomae_jax import storage
+
 T = TypeVar("T")
 _CHUNK = 2**16  # rows that an iterator takes at once
+_LARGE = 2**20  # bytes of an array that is not sent to each process
 
 
 class Column(Sequence, abc.ABC, Generic[T]):
@@ -36,8 +42,8 @@ class Column(Sequence, abc.ABC, Generic[T]):
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Column[T]":
         """The values at `indices`, in that order, of the same arrays."""
-        rows = np.asarray(indices, np.int64)
-        rows = rows.astype(np.uint32) if self._rows is None else self._rows[rows]
+        rows = np.asarray(indices, np.uint32)
+        rows = rows if self._rows is None else self._rows[rows]
         return type(self)(*self._arrays, rows=rows)
 
     def __len__(self) -> int:
@@ -101,18 +107,19 @@ class Texts(Column[str]):
         return len(self._arrays[1])
 
     def _values(self, rows: np.ndarray | slice) -> list[str]:
-        data, ends = self._arrays
+        ends = np.asarray(self._arrays[1])  # no memmap, of which each slice is costly
+        data = np.asarray(self._arrays[0]).data
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(ends))
             if step == 1 and start < stop:
                 cuts = ends[start:stop].astype(np.int64)
                 first = int(ends[start - 1]) if start else 0
-                text = data[first : int(cuts[-1])].tobytes()
+                text = data[first : int(cuts[-1])]
                 begins = [0, *(cuts - first).tolist()]
-                return [text[a:b].decode() for a, b in itertools.pairwise(begins)]
+                return [str(text[a:b], "utf-8") for a, b in itertools.pairwise(begins)]
             rows = np.arange(start, stop, step)
         begins = np.where(rows > 0, ends[np.maximum(rows, 1) - 1], 0).tolist()
-        return [data[a:b].tobytes().decode() for a, b in zip(begins, ends[rows].tolist(), strict=True)]
+        return [str(data[a:b], "utf-8") for a, b in zip(begins, ends[rows].tolist(), strict=True)]
 
 
 def take(values: Sequence[T], indices: Sequence[int] | np.ndarray) -> Sequence[T]:
@@ -122,11 +129,29 @@ def take(values: Sequence[T], indices: Sequence[int] | np.ndarray) -> Sequence[T
     return tuple(values[i] for i in indices) if values else ()
 
 
-def texts(values: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The two arrays of a column of texts."""
-    encoded = [value.encode() for value in values]
-    ends = np.cumsum([len(text) for text in encoded], dtype=np.uint64)
-    return np.frombuffer(b"".join(encoded), np.uint8), ends
+def texts(values: Iterable[str]) -> Texts:
+    """A column of texts."""
+    data, ends = bytearray(), array.array("Q")
+    for value in values:
+        data += value.encode()
+        ends.append(len(data))
+    return Texts(_shared(np.frombuffer(data, np.uint8)), _shared(np.array(ends, np.uint64)))
+
+
+def numbers(values: Iterable[int]) -> Numbers:
+    """A column of whole numbers of 32 bits."""
+    return Numbers(_shared(np.fromiter(values, np.int32)))
+
+
+def _shared(column: np.ndarray) -> np.ndarray:
+    """A large array from a file in the cache, called after its content: each process has the same memory."""
+    if column.nbytes < _LARGE:
+        return column
+    place = storage.cache() / "columns" / f"{hashlib.sha256(column.data).hexdigest()[:32]}.npy"
+    if not place.exists():
+        with storage.output(place, writer=str(os.getpid())) as path, path.open("wb") as file:
+            np.save(file, column)
+    return mapped(str(place))
 
 
 def packed(array: np.ndarray) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from videomae_jax.data import columns
 from videomae_jax.data.sources import SUFFIXES, SourceError, VideoSource, join
 from videomae_jax.storage import is_remote
 
@@ -43,8 +44,9 @@ def from_csv(
     """
     path = epath.Path(path)
     folder = str(epath.Path(root) if root else path.parent)
-    lines, names, labels = _columns(path, _read_rows(path, folder))
-    lines, ids, labels, absent = _find(path, folder, lines, names, labels)
+    lines, names, labels = _fields(path, _read_rows(path, folder))
+    lines, found, labels, absent = _find(path, folder, lines, names, labels)
+    ids = columns.texts(found)
     notes = ()
     if absent:
         line, video = absent[0]
@@ -61,9 +63,9 @@ def from_csv(
     shared = {"notes": notes, "absent": tuple(video for _, video in absent), "head": head}
     if head != "softmax":
         classes, targets = (_numbers if head == "regression" else _multi_hot)(path, lines, labels)
-        return VideoSource(folder, ids, (-1,) * len(ids), classes, targets, **shared)
+        return VideoSource(folder, ids, columns.numbers([-1] * len(ids)), classes, targets, **shared)
     classes, numbers = _one_class(path, lines, labels)
-    return VideoSource(folder, ids, numbers, classes, **shared)
+    return VideoSource(folder, ids, columns.numbers(numbers), classes, **shared)
 
 
 def _read_rows(path: epath.Path, folder: str) -> list[Line]:
@@ -102,7 +104,7 @@ def _read_rows(path: epath.Path, folder: str) -> list[Line]:
     return parsed
 
 
-def _columns(path: epath.Path, rows: list[Line]) -> tuple[list[int], list[str], list[str]]:
+def _fields(path: epath.Path, rows: list[Line]) -> tuple[list[int], list[str], list[str]]:
     """(line numbers, paths, labels) of the rows; a label is empty where there is none."""
     header = [name.lower() for name in rows[0][1]]
     has_header = "path" in header
@@ -112,16 +114,16 @@ def _columns(path: epath.Path, rows: list[Line]) -> tuple[list[int], list[str], 
             raise SourceError(
                 f"{path}, line 1: the header has a column `{others[0]}`: call the one of the labels `label`"
             )
-        rows, columns = rows[1:], len(header)
+        rows, width = rows[1:], len(header)
         places = [header.index(name) for name in ("path", "label") if name in header]
     else:
-        columns = len(rows[0][1])
-        places = [0, 1][:columns] if columns < 3 else _published(rows)
+        width = len(rows[0][1])
+        places = [0, 1][:width] if width < 3 else _published(rows)
     if not rows:
         raise SourceError(f"{path} lists no video below its header")
     names, labels = [], []
     for line, row in rows:
-        if len(row) != columns or not places:
+        if len(row) != width or not places:
             raise SourceError(
                 f"{path}, line {line}: {len(row)} columns {row} where a path and an optional label were "
                 f"expected: quote paths with separators, or begin with a header line `path,label`"
@@ -214,7 +216,7 @@ def _by_stem(folder: epath.Path) -> dict[str, list[str]]:
 
 def _one_class(
     path: epath.Path, lines: list[int], labels: Sequence[str]
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
+) -> tuple[tuple[str, ...], list[int]]:
     """(class names, class of each video)."""
     given = [label or "-1" for label in labels]
     are_numbers = [re.fullmatch(_NUMBER, label.lower()) is not None for label in given]
@@ -226,14 +228,15 @@ def _one_class(
                     f"--head=multilabel), or write one"
                 )
         classes = tuple(sorted(set(given) - {"-1"}))
-        return classes, tuple(-1 if label == "-1" else classes.index(label) for label in given)
+        places = {"-1": -1, **{name: i for i, name in enumerate(classes)}}
+        return classes, [places[label] for label in given]
     for line, label in zip(lines, given, strict=True):
         if not re.fullmatch(r"-1|\d{1,6}", label, re.ASCII):
             raise SourceError(
                 f"{path}, line {line}: the label {label!r} beside numbers: labels are all integers from 0 or "
                 f"all names; for numbers to predict set head.kind=regression (prepare: --head=regression)"
             )
-    numbers = tuple(int(label) for label in given)
+    numbers = [int(label) for label in given]
     return tuple(str(i) for i in range(max(numbers) + 1)), numbers
 
 

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -347,8 +348,7 @@ def _find_videos(folder: epath.Path, file: str, rows: list[Row]) -> dict[str, st
     root = folder / "videos"
     there = {}
     for video in sources.videos_below(root) if root.is_dir() else ():
-        name = video.relative_to(root).as_posix()
-        there[name] = there[name.removesuffix(video.suffix)] = str(video)
+        there[video] = there[os.path.splitext(video)[0]] = str(root / video)
     found = {}
     for row in rows:
         if row.video not in there:

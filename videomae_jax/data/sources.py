@@ -1,14 +1,14 @@
 """Where videos come from, local or remote (gs://): random access to records of a folder or a CSV list."""
 
 import abc
+import array
 import collections
 import dataclasses
 import hashlib
 import itertools
 import os
-import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypedDict, TypeVar
 
 import numpy as np
@@ -93,7 +93,8 @@ class Source(abc.ABC):
 
     def select(self: AnySource, indices: Sequence[int] | np.ndarray) -> AnySource:
         """The videos at `indices`, in that order."""
-        chosen = {name: columns.take(getattr(self, name), indices) for name in ("ids", "labels", "targets")}
+        rows = np.asarray(indices, np.uint32)  # of all columns
+        chosen = {name: columns.take(getattr(self, name), rows) for name in ("ids", "labels", "targets")}
         return dataclasses.replace(self, **chosen)
 
     def hashes(self) -> np.ndarray:
@@ -167,31 +168,57 @@ def split_part(path: str, split: str) -> epath.Path | None:
     return None
 
 
-def videos_below(
-    folder: epath.Path, ignored: collections.Counter[str] | None = None, seen: frozenset[str] = frozenset()
-) -> Iterator[epath.Path]:
+def videos_below(folder: str | os.PathLike, ignored: collections.Counter[str] | None = None) -> Iterator[str]:
     """Video files and folders of frames, also behind links to folders; a link back up ends there.
 
     Whatever has a video's name counts as one: what is no file fails when it is read, by name.
 
     Args:
         ignored: counts the other files by their suffix.
+
+    Yields:
+        Their paths below `folder`, separated by slashes, in order of their parts.
     """
-    place = str(folder) if is_remote(str(folder)) else os.path.realpath(folder)
+    return _below(os.fspath(folder), "", ignored, frozenset())
+
+
+def _below(
+    folder: str, name: str, ignored: collections.Counter[str] | None, seen: frozenset[str]
+) -> Iterator[str]:
+    place = folder if is_remote(folder) else os.path.realpath(folder)
     if place in seen:
         return
-    folders, files = [], []
-    for entry in folder.iterdir():
-        if not entry.name.startswith("."):
-            (folders if entry.is_dir() else files).append(entry)
-    videos = [file for file in files if file.suffix.lower() in SUFFIXES]
-    if seen and not videos and not folders and any(f.suffix.lower() in IMAGE_SUFFIXES for f in files):
-        yield folder
-    elif ignored is not None:
-        ignored.update(file.suffix.lower() for file in files if file.suffix.lower() not in SUFFIXES)
-    yield from videos
-    for entry in folders:
-        yield from videos_below(entry, ignored, seen | {place})
+    entries = {entry: is_folder for entry, is_folder in _entries(folder) if not entry.startswith(".")}
+    suffixes = {
+        entry: os.path.splitext(entry)[1].lower() for entry, is_folder in entries.items() if not is_folder
+    }
+    is_flat = len(suffixes) == len(entries) and SUFFIXES.isdisjoint(suffixes.values())
+    if seen and is_flat and not IMAGE_SUFFIXES.isdisjoint(suffixes.values()):
+        yield name
+        return
+    if ignored is not None:
+        ignored.update(suffix for suffix in suffixes.values() if suffix not in SUFFIXES)
+    for entry in sorted(entries, key=_printable):
+        path = f"{name}/{entry}" if name else entry
+        if entries[entry]:
+            yield from _below(f"{folder.rstrip('/')}/{entry}", path, ignored, seen | {place})
+        elif suffixes[entry] in SUFFIXES:
+            yield path
+
+
+def _entries(folder: str) -> Iterator[tuple[str, bool]]:
+    """(name, whether it is a folder) of what a folder holds, without a question for each of them."""
+    if not is_remote(folder):
+        with os.scandir(folder) as entries:
+            yield from ((entry.name, entry.is_dir()) for entry in entries)
+        return
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    _, folders, files = next(epath.Path(folder).walk(on_error=fail), (folder, [], []))
+    yield from ((name.rstrip("/"), True) for name in folders)
+    yield from ((name, False) for name in files if name)  # some stores name the folder itself
 
 
 def from_folder(path: str | os.PathLike) -> VideoSource:
@@ -206,39 +233,46 @@ def from_folder(path: str | os.PathLike) -> VideoSource:
     if not root.is_dir():
         raise SourceError(f"{root} is not a folder: pass a folder of videos or a CSV list of them")
     ignored: collections.Counter[str] = collections.Counter()
-    found = sorted(_printable(video.relative_to(root)) for video in videos_below(root, ignored))
-    if not found:
+    classes = array.array("i")
+    folders: dict[str, bool] = {}  # in order; whether it holds folders itself
+
+    def names() -> Iterator[str]:
+        for name in map(_printable, videos_below(root, ignored)):
+            top, slash, below = name.partition("/")
+            if slash:
+                folders[top] = "/" in below or folders.get(top, False)
+            classes.append(len(folders) - 1 if slash else -1)
+            yield name
+
+    ids = columns.texts(names())
+    if not ids:
         known = " ".join(sorted(SUFFIXES))
         raise SourceError(f"{root} holds no video: expected folders of frames, or files ending in {known}")
     notes = []
     if ignored:
         kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.most_common(8))
         notes.append(f"{root}: {ignored.total()} files are no videos by their suffix ({kinds}): left out")
-    ids = tuple(video.as_posix() for video in found)
-    folders = sorted({video.parts[0] for video in found if len(video.parts) > 1})
-    stray = [video for video in found if len(video.parts) == 1]
-    if stray:
+    labels = columns.numbers(classes)
+    if stray := labels.count(-1):
         if len(folders) > 1:
-            some = f" and {len(stray) - 1} more videos" if len(stray) > 1 else ""
+            some = f" and {stray - 1} more videos" if stray > 1 else ""
             notes.append(
-                f"{root}: {stray[0]}{some} beside {len(folders)} folders, so the folders are no classes: "
-                f"move it into one to have labels"
+                f"{root}: {ids[labels.index(-1)]}{some} beside {len(folders)} folders, so the folders are no "
+                f"classes: move it into one to have labels"
             )
-        return VideoSource(str(root), ids, (-1,) * len(ids), notes=tuple(notes))
-    _check_classes(root, found, folders)
-    labels = tuple(folders.index(video.parts[0]) for video in found)
+        return VideoSource(str(root), ids, columns.numbers([-1] * len(ids)), notes=tuple(notes))
+    _check_classes(root, folders)
     return VideoSource(str(root), ids, labels, tuple(folders), notes=tuple(notes))
 
 
-def _printable(path: os.PathLike) -> pathlib.PurePosixPath:
+def _printable(path: str) -> str:
     """A path as an id: bytes of a name that are not UTF-8 are spelt out."""
-    return pathlib.PurePosixPath(os.fsencode(path).decode("utf-8", "backslashreplace"))
+    return path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _check_classes(root: epath.Path, found: Sequence[pathlib.PurePosixPath], classes: Sequence[str]) -> None:
+def _check_classes(root: epath.Path, classes: Mapping[str, bool]) -> None:
     """Refuses class folders that are called after parts, but for vehicles: `train` beside others."""
-    for name in classes:
-        holds_folders = any(len(video.parts) > 2 for video in found if video.parts[0] == name)
+    for name, holds_folders in classes.items():
         is_vehicle = name == "train" and len(classes) > 1 and not holds_folders
         if part_of(name) and not is_vehicle:
             raise SourceError(
