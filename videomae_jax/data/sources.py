@@ -150,22 +150,26 @@ def split_part(path: str, split: str) -> epath.Path | None:
     Raises:
         SourceError: two of them are called after the same part.
     """
-    entries = [entry for entry in epath.Path(path).iterdir() if not entry.name.startswith(".")]
-    for is_list in (False, True):
-        parts: dict[str, epath.Path] = {}
-        for entry in sorted(entries):
-            stem = entry.name.removesuffix(entry.suffix) if entry.suffix.lower() in _LIST_SUFFIXES else ""
-            part = part_of(stem if is_list else entry.name)
-            if part and is_list == entry.is_file():
+    entries = sorted(_entries(os.fspath(path)))
+    folders = [(name, name) for name, is_folder in entries if is_folder]
+    lists = [(name, os.path.splitext(name)[0]) for name, is_folder in entries if _is_list(name, is_folder)]
+    for named in (folders, lists):
+        parts: dict[str, str] = {}
+        for name, stem in named:
+            if part := part_of(stem):
                 if part in parts:
                     raise SourceError(
-                        f"{path} has {parts[part].name} and {entry.name}, both called after the {part} part: "
-                        f"keep one, or pass one of them"
+                        f"{path} has {parts[part]} and {name}, both called after the {part} part: keep one, "
+                        f"or pass one of them"
                     )
-                parts[part] = entry
+                parts[part] = name
         if "train" in parts and len(parts) > 1:
-            return parts.get(split)
+            return epath.Path(path) / parts[split] if split in parts else None
     return None
+
+
+def _is_list(name: str, is_folder: bool) -> bool:
+    return not is_folder and os.path.splitext(name)[1].lower() in _LIST_SUFFIXES
 
 
 def videos_below(folder: str | os.PathLike, ignored: collections.Counter[str] | None = None) -> Iterator[str]:
