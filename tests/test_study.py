@@ -113,11 +113,12 @@ class Pretended(runner.Runner):
         super().__init__(workdir, "smoke")
         self.fails, self.order = set(fails), []
 
-    def _train(self, run, slot):
+    def _train(self, run, slot, log):
         self.order.append(run.name)
         folder = self.workdir / run.name
         folder.mkdir(parents=True, exist_ok=True)
-        (self.workdir / f"{run.name}.log").write_text("what went on\nwhat went wrong\n")
+        with log.open("a") as out:
+            out.write("what went on\nwhat went wrong\n")
         (folder / "config.json").write_text(json.dumps({"config": {"seed": run.seed}, "data": "0" * 64}))
         if run.name in self.fails:
             return 1
@@ -157,6 +158,24 @@ def test_a_failed_run_is_told_and_tried_again(tmp_path):
     again = Pretended(tmp_path)
     again.run([*CHAIN, other], SLOTS)
     assert len(again.order) == 3
+
+
+def test_seconds_of_all_sessions_count_and_tell_how_long_the_others_take(tmp_path, capsys):
+    long = [Run(f"long_{seed}", "configs/study.py:steps=9", (), seed) for seed in range(3)]
+    short = Run("short_0", "configs/study.py:steps=3", (), 0)
+    (tmp_path / "long_0.log").write_text("what went on\n# session: 600 s\n")
+    Pretended(tmp_path).run([long[0], *CHAIN], SLOTS[:1])
+    assert [line["seconds"] for line in runner.Results(tmp_path / "results.jsonl").lines.values()] == [
+        600,
+        0,
+        0,
+        0,
+    ]
+    capsys.readouterr()
+    Pretended(tmp_path).run([*long, *CHAIN, short], SLOTS[:1])
+    told = [line.split("about ")[1] for line in capsys.readouterr().out.splitlines()[1:]]
+    # After the second: one like it (300 s, the mean of its kind) and one of another (120 s, the mean of all).
+    assert told == ["7 min left", "2 min left", "0 min left"]
 
 
 def test_results_that_are_no_json_name_the_line(tmp_path):

@@ -9,6 +9,7 @@ import os
 import pathlib
 import queue
 import shlex
+import statistics
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from videomae_jax.config import UserError
 from videomae_jax.data import processes
 
 RESULTS = "results.jsonl"
+_SPENT = "# session:"  # a line of a run's log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,8 +210,7 @@ class Runner:
                     f"--workdir, or remove its line and its folder"
                 )
         waiting = [run for run in runs if run.name not in self.results.lines]
-        self._machine = machine[0].device
-        total, started = len(waiting), time.time()
+        self._machine, total = machine[0].device, len(waiting)
         print(f"{len(runs)} runs, {total} to do, {len(machine)} at once", flush=True)
         free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for slot in machine:
@@ -227,7 +228,9 @@ class Runner:
                     for future in done:
                         run = active.pop(future)
                         future.result()
-                        self._tell(run, total - len(waiting) - len(active), total, started)
+                        place = f"{total - len(waiting) - len(active)}/{total}"
+                        left = self._expected(runs, [*waiting, *active.values()]) / len(machine)
+                        print(f"{place}  {self._said(run)}  about {left / 60:.0f} min left", flush=True)
             except BaseException:
                 self.stop()
                 raise
@@ -250,46 +253,53 @@ class Runner:
         for process in list(self._processes):
             process.terminate()
 
-    def _tell(self, run: Run, done: int, total: int, started: float) -> None:
+    def _said(self, run: Run) -> str:
         if run.name in self.failed:
-            print(f"{done}/{total}  {run.name}: failed: {self.failed[run.name]}", flush=True)
-            return
+            return f"{run.name}: failed: {self.failed[run.name]}"
         line = self.results.lines[run.name]
         figures = "  ".join(f"{name} {value:.4g}" for name, value in line["figures"].items())
-        left = (time.time() - started) / done * (total - done) / 60
-        print(
-            f"{done}/{total}  {run.name}: {figures}  {line['seconds']} s  about {left:.0f} min left",
-            flush=True,
-        )
+        return f"{run.name}: {figures}  {line['seconds']} s"
+
+    def _expected(self, runs: Sequence[Run], left: Sequence[Run]) -> float:
+        """Seconds that runs will take: as long as others of their config, or as any, took so far."""
+        took: dict[str, list[int]] = {}
+        for run in runs:
+            if run.name in self.results.lines:
+                for kind in (run.config, ""):
+                    took.setdefault(kind, []).append(self.results.lines[run.name]["seconds"])
+        return sum((statistics.fmean(took.get(run.config) or took.get("") or [0]) for run in left), 0.0)
 
     def _carry_out(self, run: Run, free: "queue.SimpleQueue[Slot]") -> None:
         """One run in a process of its own, with a share of the machine."""
         if self._stopped.is_set():
             return
         slot, started, code = free.get(), time.time(), code_version()
+        log = self.workdir / f"{run.name}.log"
         try:
-            status = self._train(run, slot)
+            status = self._train(run, slot, log)
         finally:
             free.put(slot)
         try:
-            self._finish(run, status, round(time.time() - started), code)
+            with log.open("a") as out:
+                out.write(f"{_SPENT} {time.time() - started:.0f} s\n")
+            self._finish(run, status, log, code)
         except (OSError, ValueError, KeyError) as error:  # it ends no other run
             self.failed[run.name] = f"{type(error).__name__}: {error}"
 
-    def _finish(self, run: Run, status: int, seconds: int, code: str) -> None:
-        """Keeps what a run has left, or why it failed."""
+    def _finish(self, run: Run, status: int, log: pathlib.Path, code: str) -> None:
+        """Keeps what a run has left, with the seconds of all its sessions, or why it failed."""
         path = self.workdir / run.name / "summary.json"
         summary = json.loads(path.read_text()) if path.exists() else {"interrupted": True}
+        lines = log.read_text().splitlines()
         if status or summary.get("interrupted"):
-            lines = (self.workdir / f"{run.name}.log").read_text().strip().splitlines()
-            self.failed[run.name] = lines[-1] if lines else f"exit status {status}"
+            said = [line for line in lines if line and not line.startswith(_SPENT)]
+            self.failed[run.name] = said[-1] if said else f"exit status {status}"
             return
+        seconds = sum(int(line.split()[-2]) for line in lines if line.startswith(_SPENT))
         self.results.add(self._line(run, summary, seconds, code))
 
-    def _train(self, run: Run, slot: Slot) -> int:
+    def _train(self, run: Run, slot: Slot, log: pathlib.Path) -> int:
         command = [sys.executable, "-m", "videomae_jax", "train", *run.flags(self.workdir)]
-        log = self.workdir / f"{run.name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as out:
             out.write(f"$ {shlex.join(['launch/local.sh', *command[3:]])}\n")
             out.flush()
