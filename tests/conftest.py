@@ -133,6 +133,13 @@ def task_of(config, train=None):
     return table.make_task(compute.on_this_machine(settings.checked(config)), train)
 
 
+def finetune_config(shapes, **optim):
+    """configs/debug.py:task=finetune on the generated videos, a few steps."""
+    config = load_config("debug", f"data={shapes},task=finetune")
+    config.optim.update(duration=12, **optim)
+    return config
+
+
 def load_config(name: str, arg: str = ""):
     """What `--config=configs/NAME.py:ARG` gives."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")

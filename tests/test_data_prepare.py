@@ -1,6 +1,5 @@
 """Prepared data: exact frames, the same bytes whoever writes them, resumable, checked."""
 
-import concurrent.futures
 import json
 import os
 import pathlib
@@ -17,9 +16,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from videomae_jax.apps import prepare as command
-from videomae_jax.data import decode, images, pipeline, prepare, prepared, reading, sources, transcode
-from videomae_jax.data.builders.video_folder import video_folder
-from videomae_jax.data.collection import Collection, Entry
+from videomae_jax.data import decode, images, pipeline, prepare, prepared, reading, sources
+from videomae_jax.data.collection import Entry
 
 
 @pytest.fixture(scope="module")
@@ -88,49 +86,6 @@ def test_tfds_finds_it_by_name(done):
     )
     assert [record["id"] for record in found] == [record["id"] for record in direct]
     assert tfds.builder(name, data_dir=done).info.features["label"].names == ["run", "walk"]
-
-
-@pytest.mark.parametrize("codec", transcode.CODECS)
-def test_every_form_of_every_real_file_has_its_frames(real_videos, codec, rng):
-    """Random access into the stored form equals its plain full decode; its frames are those of the source."""
-    for path in sorted(real_videos.iterdir()):
-        if path.name == "corrupted.mp4":
-            failure = prepare.encode(Entry("x", str(path)), transcode.Form(codec))
-            assert failure.is_final
-            assert "damaged" in failure.reason
-            continue
-        stored = transcode.transcode(str(path), transcode.Form(codec, 128))
-        with reading.open_video(stored.video) as video, decode.Video(path) as source:
-            assert video.num_frames == source.num_frames == stored.frames
-            whole = np.stack([f.to_ndarray(format="rgb24") for f in video.frames()])
-            wanted = rng.integers(stored.frames, size=5)
-            found = video.read(wanted)
-            turns = int(whole.shape[1:3] != found.shape[1:3])
-            np.testing.assert_array_equal(found, np.rot90(whole[wanted], turns, axes=(1, 2)))
-            assert found.shape[1:3] == (stored.height, stored.width)
-            half = (video.num_frames - 1) / max(video.fps, 1) / 2
-            assert abs(video.index_at(half) - source.index_at(half)) <= 1
-            original = source.read(wanted)
-            if codec != "keep":
-                assert min(stored.height, stored.width) == min(128, *original.shape[1:3])
-                colours = original.mean(axis=(1, 2)) - found.mean(axis=(1, 2))
-                assert np.abs(colours).max() < 4, path.name
-
-
-def test_the_default_form_is_close_and_not_twice_the_size(real_videos):
-    path = real_videos / "mmaction_test.mp4"
-    stored = transcode.transcode(str(path), transcode.Form())
-    wanted = range(0, 300, 20)
-    error = decode.read_clip(path, wanted).astype(float) - reading.open_video(stored.video).read(wanted)
-    assert 10 * np.log10(255**2 / np.mean(error**2)) > 36
-    assert len(stored.video) < 2 * path.stat().st_size
-
-
-def test_shrunk_is_even_and_never_larger():
-    assert transcode.shrunk(256, 340, 256) == (256, 340)
-    assert transcode.shrunk(480, 640, 256) == (256, 340)
-    assert transcode.shrunk(1920, 1080, 256) == (454, 256)
-    assert transcode.shrunk(101, 75, 256) == (100, 74)
 
 
 def test_the_loader_reads_it_like_files(done, videos):
@@ -361,52 +316,6 @@ def test_targets_are_prepared(tmp_path):
             prepared.open_source(str(tmp_path / head), "train")
 
 
-def test_shards_are_opened_by_one_thread_at_a_time(monkeypatch):
-    """TFDS's lazy imports, begun by two threads at once, can stand still for ever."""
-    inside, most, made = [], [], []
-
-    class Slow(prepared._Shards):
-        def __init__(self, root, split):
-            inside.append(split)
-            most.append(len(inside))
-            time.sleep(0.05)
-            made.append((root, split))
-            inside.pop()
-
-    monkeypatch.setattr(prepared, "_Shards", Slow)
-    prepared._opened.cache_clear()
-    wanted = [("here", split) for split in ("train", "train", "test", "test")]
-    with concurrent.futures.ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda pair: prepared._shards(*pair), wanted))
-    prepared._opened.cache_clear()
-    assert max(most) == 1
-    assert sorted(made) == [("here", "test"), ("here", "train")]
-    assert found[0] is found[1]
-
-
-def test_more_shards_than_files_may_be_open(tmp_path):
-    """With a limit of 100 open files, 300 shards are read at random."""
-    clips.write(tmp_path / "in" / "a.mp4", clips.numbered_frames(3, 16, 16))
-    entries = [Entry(str(i), str(tmp_path / "in" / "a.mp4")) for i in range(300)]
-    job = prepare.Job(Collection("many", {"train": entries}), str(tmp_path / "out"), transcode.Form(), 1)
-    encoded = prepare.encode(entries[0], job.form)
-    prepare.claim(job)
-    for shard in job.shards():
-        prepare.write_shard(job, shard, iter([encoded]))
-    prepare.finish(job)
-    script = (
-        "import resource, random, sys\n"
-        "from videomae_jax.data import prepared\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))\n"
-        "source = prepared.open_source(sys.argv[1], 'train')\n"
-        "order = random.Random(0).sample(range(300), 300) * 2\n"
-        "print(sum(not source[i]['error'] and source[i]['video'].num_frames == 3 for i in order))\n"
-    )
-    words = [sys.executable, "-c", script, str(tmp_path / "out")]
-    found = subprocess.run(words, capture_output=True, text=True)
-    assert found.stdout == "600\n", found.stderr
-
-
 def test_what_is_there_is_not_overwritten(videos, done, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(prepare.PrepareError, match=r"holds something else \(notes.txt\)"):
@@ -451,20 +360,6 @@ def test_unfinished_parts_are_named(videos, tmp_path):
     command.run(str(videos), str(tmp_path), command.Options(processes=1, shard_videos=3, part="0/2"))
     with pytest.raises(prepare.PrepareError, match=r"2 of 4 shards .* the first is .*-00001-of"):
         run(videos, tmp_path, finish=True)
-
-
-def test_ids_labels_and_absent_videos_are_checked():
-    one = Entry("a", "a.mp4", 0)
-    with pytest.raises(sources.SourceError, match="the id a is there twice"):
-        Collection("x", {"train": [one, one]}, ("c",)).checked(False)
-    with pytest.raises(sources.SourceError, match="a has label 3, of 1 classes"):
-        Collection("x", {"train": [Entry("a", "", 3)]}, ("c",)).checked(False)
-    lacking = Collection("x", {"train": [one]}, ("c",), absent={"train": ["b"]})
-    with pytest.raises(sources.SourceError, match="1 of 2 videos are absent, the first is b"):
-        lacking.checked(False)
-    assert lacking.checked(True) is lacking
-    with pytest.raises(sources.SourceError, match="no video to prepare"):
-        Collection("x", {"train": []}, absent={"train": ["b"]}).checked(True)
 
 
 def test_a_full_disk_is_one_line_and_nothing_is_lost(videos, tmp_path, monkeypatch):
@@ -530,14 +425,6 @@ def test_a_prepared_folder_is_not_prepared_again(done, tmp_path):
         run(done, tmp_path)
 
 
-def test_classes_of_a_split_that_lacks_some(tmp_path):
-    for name in ("train/a/1.mp4", "train/b/2.mp4", "val/b/3.mp4"):
-        clips.write(tmp_path / name, clips.numbered_frames(3))
-    collection = video_folder(command.epath.Path(tmp_path), command.epath.Path(tmp_path), "softmax", False)
-    assert collection.classes == ("a", "b")
-    assert [entry.label for entry in collection.splits["validation"]] == [1]
-
-
 def test_what_cannot_be_encoded_is_left_out_and_named(tmp_path):
     """A frame too small for 4:2:0, beside a good video: the others are prepared."""
     clips.write(tmp_path / "in" / "good.mp4", clips.numbered_frames(5))
@@ -551,21 +438,6 @@ def test_what_cannot_be_encoded_is_left_out_and_named(tmp_path):
     manifest = run(tmp_path / "in", tmp_path / "out", max_failed=0.5)
     assert manifest["records"] == 1
     assert "thin.mkv: cannot be encoded as jpeg" in manifest["failed"][0]["reason"]
-
-
-def test_keep_never_encodes(real_videos, tmp_path):
-    path = str(real_videos / "part_0.mp4")
-    with pytest.raises(decode.DecodeError, match="keep stores whole files only"):
-        transcode.transcode(path, transcode.Form("keep"), 0.2, 0.5)
-
-
-def test_a_part_of_a_video(tmp_path):
-    path = clips.write(tmp_path / "a.mp4", clips.numbered_frames(30), g=7)  # 3 seconds
-    for start, end, expected in ((0.5, 1.2, range(5, 12)), (2.5, 9.0, range(25, 30)), (1.0, 1.01, [10])):
-        part = transcode.transcode(path, transcode.Form(), start, end)
-        assert clips.frame_numbers(reading.open_video(part.video).read(range(part.frames))) == list(expected)
-    with pytest.raises(decode.DecodeError, match=r"ends before second 3\.5"):
-        transcode.transcode(path, transcode.Form(), 3.5, 4.0)
 
 
 def test_a_folder_of_the_format_before_is_gone_on_with(videos, tmp_path):

@@ -1,0 +1,82 @@
+"""Prepared folders as the loader opens them: many shards, many threads, classes, entries."""
+
+import concurrent.futures
+import subprocess
+import sys
+import time
+
+import clips
+import pytest
+
+from videomae_jax.apps import prepare as command
+from videomae_jax.data import prepare, prepared, sources, transcode
+from videomae_jax.data.builders.video_folder import video_folder
+from videomae_jax.data.collection import Collection, Entry
+
+
+def test_shards_are_opened_by_one_thread_at_a_time(monkeypatch):
+    """TFDS's lazy imports, begun by two threads at once, can stand still for ever."""
+    inside, most, made = [], [], []
+
+    class Slow(prepared._Shards):
+        def __init__(self, root, split):
+            inside.append(split)
+            most.append(len(inside))
+            time.sleep(0.05)
+            made.append((root, split))
+            inside.pop()
+
+    monkeypatch.setattr(prepared, "_Shards", Slow)
+    prepared._opened.cache_clear()
+    wanted = [("here", split) for split in ("train", "train", "test", "test")]
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda pair: prepared._shards(*pair), wanted))
+    prepared._opened.cache_clear()
+    assert max(most) == 1
+    assert sorted(made) == [("here", "test"), ("here", "train")]
+    assert found[0] is found[1]
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """With a limit of 100 open files, 300 shards are read at random."""
+    clips.write(tmp_path / "in" / "a.mp4", clips.numbered_frames(3, 16, 16))
+    entries = [Entry(str(i), str(tmp_path / "in" / "a.mp4")) for i in range(300)]
+    job = prepare.Job(Collection("many", {"train": entries}), str(tmp_path / "out"), transcode.Form(), 1)
+    encoded = prepare.encode(entries[0], job.form)
+    prepare.claim(job)
+    for shard in job.shards():
+        prepare.write_shard(job, shard, iter([encoded]))
+    prepare.finish(job)
+    script = (
+        "import resource, random, sys\n"
+        "from videomae_jax.data import prepared\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))\n"
+        "source = prepared.open_source(sys.argv[1], 'train')\n"
+        "order = random.Random(0).sample(range(300), 300) * 2\n"
+        "print(sum(not source[i]['error'] and source[i]['video'].num_frames == 3 for i in order))\n"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path / "out")]
+    found = subprocess.run(words, capture_output=True, text=True)
+    assert found.stdout == "600\n", found.stderr
+
+
+def test_ids_labels_and_absent_videos_are_checked():
+    one = Entry("a", "a.mp4", 0)
+    with pytest.raises(sources.SourceError, match="the id a is there twice"):
+        Collection("x", {"train": [one, one]}, ("c",)).checked(False)
+    with pytest.raises(sources.SourceError, match="a has label 3, of 1 classes"):
+        Collection("x", {"train": [Entry("a", "", 3)]}, ("c",)).checked(False)
+    lacking = Collection("x", {"train": [one]}, ("c",), absent={"train": ["b"]})
+    with pytest.raises(sources.SourceError, match="1 of 2 videos are absent, the first is b"):
+        lacking.checked(False)
+    assert lacking.checked(True) is lacking
+    with pytest.raises(sources.SourceError, match="no video to prepare"):
+        Collection("x", {"train": []}, absent={"train": ["b"]}).checked(True)
+
+
+def test_classes_of_a_split_that_lacks_some(tmp_path):
+    for name in ("train/a/1.mp4", "train/b/2.mp4", "val/b/3.mp4"):
+        clips.write(tmp_path / name, clips.numbered_frames(3))
+    collection = video_folder(command.epath.Path(tmp_path), command.epath.Path(tmp_path), "softmax", False)
+    assert collection.classes == ("a", "b")
+    assert [entry.label for entry in collection.splits["validation"]] == [1]
