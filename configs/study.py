@@ -43,9 +43,9 @@ def get_config(arg: str | None = None):
         c.checkpoint.every = max(c.optim.duration // 4, 1)
     if arg.stage in ("finetune", "linear", "attentive", "knn"):
         c.data.max_videos_per_class = int(arg.labels)
-        c.evaluate.update(segments=1, crops=1, batch_videos=64)
+        c.evaluate.update(segments=1, batch_videos=64)
     if arg.stage == "finetune":
-        c.evaluate.every = max(c.optim.duration // 4, 1)
+        c.evaluate.update(crops=1, every=max(c.optim.duration // 4, 1))
     return c
 
 

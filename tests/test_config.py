@@ -397,6 +397,9 @@ def test_finetuning_settings_that_do_not_fit_together(untyped, section, change, 
         ("finetune", "probe.lr", 0.5),
         ("probe", "optim.lr", 0.5),
         ("probe", "loss.smoothing", 0.5),
+        ("probe", "head.pooling", "first"),
+        ("detect", "data.root", "somewhere"),
+        ("detect", "evaluate.split", "validation"),
     ],
 )
 def test_a_key_that_the_task_does_not_read_is_refused(task, key, value):

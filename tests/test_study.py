@@ -178,9 +178,10 @@ def test_seconds_of_all_sessions_count_and_tell_how_long_the_others_take(tmp_pat
     assert told == ["7 min left", "2 min left", "0 min left"]
 
 
-def test_results_that_are_no_json_name_the_line(tmp_path):
-    (tmp_path / "results.jsonl").write_text('{"run": "a"}\n{"run": \n')
-    with pytest.raises(UserError, match=r"results.jsonl:2 is no JSON"):
+@pytest.mark.parametrize("line", ['{"run": \n', '{"step": 1}\n', "[]\n"])
+def test_a_line_that_is_no_result_is_named(tmp_path, line):
+    (tmp_path / "results.jsonl").write_text('{"run": "a"}\n' + line)
+    with pytest.raises(UserError, match=r"results.jsonl:2 is no result of a run"):
         runner.Results(tmp_path / "results.jsonl")
 
 

@@ -1,6 +1,7 @@
 """Classifiers, whatever they start from: the same on any hosts, meshes and microbatches, and other heads."""
 
 import csv
+import dataclasses
 import functools
 import time
 
@@ -139,12 +140,38 @@ def test_other_heads(tmp_path, head):
     assert not (tmp_path / "run" / "confusion.png").exists()
 
 
+def test_the_test_part_does_not_choose_weights(tmp_path):
+    for split, count in (("train", 12), ("test", 4)):
+        for i in range(count):
+            path = tmp_path / split / "ab"[i % 2] / f"{i}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    c = finetune_config(tmp_path)
+    opened = splits.open_splits(c)
+    assert (len(opened.train), len(opened.validation), len(opened.test)) == (11, 1, 4)
+    assert set(opened.validation.ids).isdisjoint(opened.train.ids)
+    assert opened.validation.root == opened.train.root != opened.test.root
+    c = load_config("debug", f"data={tmp_path},task=probe")
+    assert len(splits.open_splits(c).train) == 12
+
+
 def test_few_videos_per_class(shapes):
     c = finetune_config(shapes)
     c.data.max_videos_per_class = 2
     opened = splits.open_splits(c)
     assert [opened.train.labels.count(label) for label in range(8)] == [2] * 8
     assert len(opened.test) == 8
+    with pytest.raises(settings.UserError, match=r"max_videos_per_class is for head\.kind=softmax"):
+        splits._few(dataclasses.replace(opened.train, targets=((0.0,),) * len(opened.train)), 2)
+
+
+def test_balanced_classes_of_which_few_videos_are_learnt_by_heart(shapes):
+    c = finetune_config(shapes)
+    c.loss.class_weights = "balanced"
+    train = splits.open_splits(c).train
+    assert task_of(c, train).class_weights == pytest.approx([1.0] * 8)
+    c.debug.overfit = 4  # of eight classes
+    assert task_of(c, train.select([0, 1, 2, 3])).class_weights is None
 
 
 def test_microbatches_that_mixup_cannot_pair_are_refused(shapes, tmp_path):

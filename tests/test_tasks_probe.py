@@ -1,6 +1,7 @@
 """Probes: features are computed once, survive a kill, and tell classes apart where they can."""
 
 import json
+import shutil
 import time
 
 import clips
@@ -76,6 +77,44 @@ def test_features_of_other_weights_are_computed_anew(weights, colours, shapes, t
     after = np.load(tmp_path / "features" / "train_pooled" / "values.npy")
     assert before.shape == after.shape == (24, 2, 32)
     assert np.abs(before.astype(np.float32) - after).max() > 0.01
+
+
+def test_features_of_other_videos_of_the_same_names_are_computed_anew(weights, colours, tmp_path):
+    shutil.copytree(colours / "train", tmp_path / "brighter")
+    for file in (tmp_path / "brighter" / "dark").iterdir():
+        shutil.copy(colours / "train" / "bright" / file.name, file)
+    frozen = features.Frozen(str(weights), export.load(weights), per_token=False)
+    views = pipeline.TestViews(8, 1, (32, 32), 1, 1)
+    found = {}
+    for folder in (colours / "train", tmp_path / "brighter"):
+        source, c = prepared.open_source(str(folder), "train"), probe_config(folder, weights, "knn")
+        values = features.extract(frozen, source, views, c, mesh_of(1), tmp_path / "features").values
+        found[folder.name] = values.astype(np.float32)
+    bright, dark = slice(0, 8), slice(8, 16)
+    np.testing.assert_array_equal(found["brighter"][bright], found["train"][bright])
+    np.testing.assert_array_equal(found["brighter"][dark], found["train"][bright])
+    assert np.abs(found["brighter"][dark] - found["train"][dark]).max() > 0.01
+
+
+def test_what_is_being_overwritten_does_not_count_as_there(weights, colours, tmp_path, monkeypatch):
+    source, c = prepared.open_source(str(colours), "train"), probe_config(colours, weights, "knn")
+    views, plain = pipeline.TestViews(8, 1, (32, 32), 1, 1), testing.Evaluator.batches
+    model = export.load(weights)
+
+    def extract(per_token: bool):
+        frozen = features.Frozen(str(weights), model, per_token)
+        return features.extract(frozen, source, views, c, mesh_of(1), tmp_path).values.copy()
+
+    def dying(self, params, start=0):
+        yield next(plain(self, params, start))
+        raise KeyboardInterrupt
+
+    first = extract(False)
+    monkeypatch.setattr(testing.Evaluator, "batches", dying)
+    with pytest.raises(KeyboardInterrupt):
+        extract(True)
+    monkeypatch.setattr(testing.Evaluator, "batches", plain)
+    np.testing.assert_array_equal(extract(False), first)
 
 
 def test_a_killed_extraction_goes_on(weights, colours, tmp_path, monkeypatch):

@@ -194,6 +194,10 @@ def test_resume_of_a_finished_run_changes_nothing(shapes, tmp_path, debug_config
     jax.tree.map(np.testing.assert_array_equal, params, nnx.to_pure_dict(nnx.state(vm.load(tmp_path))))
     assert again == first
     assert len(logged(tmp_path)) == 6
+    # A session that was interrupted before the last one: its figures are not those of the run.
+    (tmp_path / "summary.json").write_text(json.dumps(first | {"step": 3, "loss": 9.0, "interrupted": True}))
+    last = table.train(debug_config, tmp_path, time.time())
+    assert (last["step"], last["loss"], last["interrupted"]) == (6, first["loss"], False)
 
 
 def test_a_disk_too_full_for_the_log_is_one_line_too(start, tmp_path):
@@ -317,8 +321,10 @@ def test_checkpoints_kept(shapes, tmp_path, debug_config):
 def test_a_run_that_saved_nothing_is_begun_anew(shapes, tmp_path, debug_config):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "log.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"ste')
+    (tmp_path / "best").mkdir()
     debug_config.optim.duration = 4
     table.train(debug_config, tmp_path, time.time())
+    assert not (tmp_path / "best").exists()
     assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3, 4]
 
 

@@ -21,6 +21,7 @@ DETECTORS = ("detect",)
 ADAPTED = CLASSIFIERS + DETECTORS  # a backbone with a new head
 PROBES = ("probe",)
 LABELLED = CLASSIFIERS + PROBES
+LISTED = (*MASKED, *CONTRAST, *LABELLED)  # videos of a folder or list
 SELF_SUPERVISED = (*MASKED, *CONTRAST)
 NEIGHBOURS = SELF_SUPERVISED + PROBES
 CROPPED = CONTRAST + CLASSIFIERS
@@ -64,7 +65,9 @@ KEYS: dict[str, Key] = {
     "model.decoder.mlp_dim": Key(1536, "hidden units of each block", "[1, inf)", read_by=MASKED),
     "model.pixel_mean": Key(IMAGENET_MEAN, "per channel, of pixels in 0..1"),
     "model.pixel_std": Key(IMAGENET_STD, "per channel, likewise", "(0, inf)"),
-    "model.position_resize": Key("recompute", "table for other clip sizes: recompute | interpolate"),
+    "model.position_resize": Key(
+        "recompute", "table for other clip sizes: recompute | interpolate", read_by=TRAINED
+    ),
     "model.norm_epsilon": Key(1e-06, "of every LayerNorm", "(0, inf)"),
     "model.layer_scale": Key(0.0, "initial factor; 0: none", "[0, inf)", read_by=TRAINED),
     "model.drop_path": Key(0.0, "largest rate, of the last block", "[0, 1)", read_by=TRAINED),
@@ -84,7 +87,7 @@ KEYS: dict[str, Key] = {
         is_free=True,
     ),
     "head.kind": Key("softmax", "softmax (one class a video) | multilabel | regression", read_by=LABELLED),
-    "head.pooling": Key("mean", "of tokens: mean | first", read_by=LABELLED),
+    "head.pooling": Key("mean", "of tokens: mean | first", read_by=CLASSIFIERS),
     "head.dropout": Key(0.0, "of pooled features, in training", "[0, 1)", read_by=CLASSIFIERS),
     "head.scale": Key(0.001, "factor of its initial weights", "[0, inf)", read_by=ADAPTED),
     "mask.kind": Key(
@@ -122,9 +125,11 @@ KEYS: dict[str, Key] = {
     "data.path": Key(
         "", "folder of videos, CSV list, prepared data, or moving_shapes or moving_digits", is_free=True
     ),
-    "data.root": Key("", 'folder where relative paths of a list start; "": the list\'s', is_free=True),
+    "data.root": Key(
+        "", 'folder where relative paths of a list start; "": the list\'s', read_by=LISTED, is_free=True
+    ),
     "data.allow_missing": Key(
-        False, "leave out videos that a list names and that are not there", is_free=True
+        False, "leave out videos that a list names and that are not there", read_by=LISTED, is_free=True
     ),
     "data.frames": Key(16, "per clip", "[1, inf)"),
     "data.stride": Key(
@@ -133,13 +138,20 @@ KEYS: dict[str, Key] = {
     "data.size": Key((224, 224), "clip height and width, pixels", "[1, inf)"),
     "data.batch_size": Key(256, "clips per step, over all hosts", "[1, inf)", read_by=TRAINED),
     "data.held_out": Key(
-        16, "videos kept for validation, at most a tenth; unless there is a part for it", "[0, inf)"
+        16,
+        "videos kept for validation, at most a tenth; unless there is a part for it",
+        "[0, inf)",
+        read_by=LISTED,
     ),
     "data.max_videos_per_class": Key(
-        0, "of the training videos, the first by name; 0: all", "[0, inf)", read_by=LABELLED
+        0, "training videos, chosen by the hash of their names; 0: all", "[0, inf)", read_by=LABELLED
     ),
     "data.max_bad_fraction": Key(
-        0.001, "of the set's videos that may fail to decode before the run stops", "[0, 1]", is_free=True
+        0.001,
+        "of the set's videos that may fail to decode before the run stops",
+        "[0, 1]",
+        read_by=TRAINED,
+        is_free=True,
     ),
     "data.clips_per_video": Key(
         1, "crops, with masks of their own, of the same decoded frames", "[1, inf)", read_by=TRAINED
@@ -244,13 +256,19 @@ KEYS: dict[str, Key] = {
         read_by=TRAINED,
     ),
     "evaluate.split": Key(
-        "test", "that the command tests: test | validation | all (of a path without parts)", is_free=True
+        "test",
+        "that the command tests: test | validation | all (of a path without parts)",
+        read_by=CLASSIFIERS,
+        is_free=True,
     ),
     "evaluate.segments": Key(5, "test clips spread over a video", "[1, inf)", read_by=LABELLED),
-    "evaluate.crops": Key(3, "of each, spread over the frame's long side", "[1, inf)", read_by=LABELLED),
+    "evaluate.crops": Key(3, "of each, spread over the frame's long side", "[1, inf)", read_by=CLASSIFIERS),
     "evaluate.batch_videos": Key(8, "over all hosts; rounded up to the devices", "[1, inf)", is_free=True),
     "evaluate.allow_failed": Key(
-        False, 'report "N of M" instead of stopping where videos cannot be decoded', is_free=True
+        False,
+        'report "N of M" instead of stopping where videos cannot be decoded',
+        read_by=ADAPTED,
+        is_free=True,
     ),
     "evaluate.neighbours": Key(20, "of k-NN", "[1, inf)", read_by=NEIGHBOURS),
     "evaluate.temperature": Key(0.07, "of k-NN's votes", "(0, inf)", read_by=NEIGHBOURS),

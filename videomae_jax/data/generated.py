@@ -102,7 +102,8 @@ def cached(
     # By machine, which may share the cache with others: a process is looked for here only.
     own = f"{folder.name}.partial-{socket.gethostname()}-"
     for left in folder.parent.glob(f"{own}*"):
-        if not _is_running(int(left.name.removeprefix(own))):
+        process = left.name.removeprefix(own)  # or a part of a longer host's name
+        if process.isdecimal() and not _is_running(int(process)):
             shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f"{own}{os.getpid()}")
     folder.parent.mkdir(parents=True, exist_ok=True)

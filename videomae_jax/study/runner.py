@@ -78,11 +78,11 @@ class Results:
         for number, line in enumerate(lines, 1):
             try:
                 found = json.loads(line)
-            except json.JSONDecodeError:
+                self.lines[found["run"]] = found
+            except (json.JSONDecodeError, KeyError, TypeError):
                 raise UserError(
-                    f"{path}:{number} is no JSON: remove the line, and its run is made again"
+                    f"{path}:{number} is no result of a run: remove the line, and its run is made again"
                 ) from None
-            self.lines[found["run"]] = found
         self._writing = threading.Lock()
 
     def add(self, line: dict[str, Any]) -> None:

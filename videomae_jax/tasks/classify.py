@@ -331,7 +331,7 @@ def fields(config: Config, train: Source | None, path: str) -> dict[str, Any]:
     if loss.class_weights == "balanced":
         if head.kind != "softmax":
             raise UserError("loss.class_weights=balanced is for head.kind=softmax: set it to none")
-        if train:
+        if train and not config.debug.overfit:  # of whose few videos a class may have none
             weights_of_classes = losses.balanced_weights(
                 [train.labels.count(label) for label in range(len(train.classes))]
             )

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from typing import Any
 
 import jax
@@ -90,7 +91,8 @@ def extract(
     folder = storage.scratch(place)  # memory-mapped, so on a disk
     folder.mkdir(parents=True, exist_ok=True)
     evaluator = testing.Evaluator(frozen.features, source, views, config, mesh)
-    identity = f"{frozen.identity()} {source.fingerprint()} {views} {evaluator.batch_videos}"
+    videos = f"{os.path.abspath(source.root)} {source.fingerprint()}"  # names are not enough
+    identity = f"{frozen.identity()} {videos} {views} {evaluator.batch_videos}"
     done = {"identity": identity, "batches": 0, "records": [], "failed": {}}
     path, values = folder / "done.json", None
     if path.exists() and json.loads(path.read_text())["identity"] == identity:
@@ -103,6 +105,7 @@ def extract(
         for outputs in evaluator.batches(params, start=done["batches"]):
             if values is None:
                 shape = (len(source), *outputs.values.shape[1:])
+                path.unlink(missing_ok=True)  # it tells of what is overwritten now
                 values = np.lib.format.open_memmap(folder / "values.npy", "w+", np.float16, shape)
             ids = [source.ids[record] for record in outputs.records]
             classification.check_finite(outputs.values, ids, frozen.path)

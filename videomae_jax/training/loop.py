@@ -59,6 +59,8 @@ def run(config: Config, workdir: Place, started: float, make: Make) -> dict[str,
         path = workdir / "summary.json"
         is_rerun = "first step" not in phases.seconds and path.exists()
         before = json.loads(path.read_text()) if is_rerun else {}
+        if before.get("interrupted") or before.get("step") != last.get("step"):
+            before = {}  # of a session that ended earlier
         summary = last | before | {"task": config.task, "interrupted": not is_over}
         if is_over:
             summary |= task.finish(this, state)
@@ -124,8 +126,9 @@ def _claim(workdir: Place, config: Config, source: Source) -> None:
     path = workdir / "config.json"
     ours = identity(config, source)
     if export.newest_step(workdir / "checkpoints") is None:
-        if hosts.is_writer():
-            report.write_json(path, ours)  # nothing saved yet, nothing to protect
+        if hosts.is_writer():  # nothing saved yet, nothing to protect
+            storage.remove_tree(workdir / "best")
+            report.write_json(path, ours)
         return
     if not path.exists():
         raise UserError(f"{workdir} holds checkpoints but no config.json: use another --workdir")

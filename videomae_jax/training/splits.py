@@ -9,7 +9,7 @@ from videomae_jax import storage
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import moving_digits, moving_shapes, prepared, processes, sources
 from videomae_jax.data.sources import Source
-from videomae_jax.keys import KEYS
+from videomae_jax.keys import KEYS, PROBES
 from videomae_jax.training import report
 
 
@@ -25,8 +25,8 @@ class Splits:
 def open_splits(config: Config, needs_labels: bool = True) -> Splits:
     """The videos of `data.path`; generates those that have a name, says what is left out.
 
-    Where there is no validation part, it is taken from the training videos; a set too small for that has its
-    training videos in its place.
+    Where there is no validation part, it is taken from the training videos, for the test part must not choose
+    weights; a set too small for that has its training videos in its place.
 
     Raises:
         SourceError: nothing to read, or a class that the training videos lack.
@@ -36,13 +36,14 @@ def open_splits(config: Config, needs_labels: bool = True) -> Splits:
     train = _open(config, path, "train")
     if prepared.has_split(path, "validation"):
         validation = _open(config, path, "validation")
-    elif prepared.has_split(path, "test") and needs_labels:
+    elif prepared.has_split(path, "test") and config.task in PROBES:  # which choose nothing by it
         validation = _open(config, path, "test")
     else:
         train, validation = sources.hold_out(train, data.held_out)
         if not len(validation):
             instead = "pictures show training clips" if not needs_labels else "training videos validate"
-            report.say(f"{len(train)} videos are too few to hold any out: {instead}")
+            few = f"{len(train)} videos are too few to hold any out"
+            report.say(f"{few if data.held_out else 'data.held_out=0'}: {instead}")
             validation = train
     if not needs_labels:
         return Splits(train, validation, validation)
@@ -107,9 +108,15 @@ def spread(total: int, count: int) -> list[int]:
 
 
 def _few(train: Source, per_class: int) -> Source:
-    """At most `per_class` videos of each class, chosen by the hash of their ids; all for 0."""
+    """At most `per_class` videos of each class, chosen by the hash of their ids; all for 0.
+
+    Raises:
+        UserError: videos of several classes or of none.
+    """
     if not per_class:
         return train
+    if train.targets:
+        raise UserError("data.max_videos_per_class is for head.kind=softmax, where a video has one class")
     labels, hashes = np.asarray(train.labels), train.hashes()
     kept: list[int] = []
     for label in np.unique(labels):

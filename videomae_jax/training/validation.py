@@ -26,7 +26,7 @@ class Validation:
     def is_due(self, done: int) -> bool:
         """Whether validation follows step number `done` (from 1)."""
         is_time = self._every > 0 and done % self._every == 0
-        is_last = bool(self._task.best_by) and done == self._total
+        is_last = done == self._total
         return self._validate is not None and (is_time or is_last)
 
     def look(self, state: step.TrainState, log: report.Report) -> dict[str, float]:
