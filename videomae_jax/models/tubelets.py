@@ -130,10 +130,11 @@ def reconstruction_target(
 def reconstruction_targets(
     video: UInt8[Array, "B T H W C"], indices: Int[Array, "B K"], tubelet: Grid, normalize: bool
 ) -> Float[Array, "B K P"]:
-    """`reconstruction_target` of the tubelets at `indices`, with statistics of whole frames.
+    """`reconstruction_target` of the tubelets at `indices`, with statistics of whole frames but on TPUs.
 
     Sums over rows of pixels as they lie in memory, of every tubelet, take a GPU a tenth of the time of sums
-    over gathered tubelets. They are integers, so one pass is exact: `sum (x - m)^2` of any integer m.
+    over gathered tubelets. They are integers, so one pass is exact: `sum (x - m)^2` of any integer m. A TPU
+    would write those integers to memory (docs/performance.md).
 
     Raises:
         ValueError: a tubelet of more than 16,512 pixels, whose sums int32 may not hold.
@@ -146,19 +147,27 @@ def reconstruction_targets(
     count = math.prod(tubelet)
     if count > 16512:
         raise ValueError(f"tubelets of {tubelet} have {count} pixels: at most 16,512 can be normalised")
-    rows = video.astype(jnp.int32).reshape(b, t, tubelet[0], h, tubelet[1], -1)
 
-    def per_tubelet(x: Int[Array, "B T dt H dy WC"]) -> Int[Array, "B K C"]:
-        return take(x.sum((2, 4)).reshape(b, t, h, w, tubelet[2], c).sum(4).reshape(b, t * h * w, c), indices)
+    def of_frames(raw: UInt8[Array, "B K P"], video: UInt8[Array, "B T H W C"]) -> Float[Array, "B K P"]:
+        rows = video.astype(jnp.int32).reshape(b, t, tubelet[0], h, tubelet[1], -1)
 
-    sums, squares = per_tubelet(rows), per_tubelet(rows**2)
-    near = sums // count
-    rest = (sums - near * count).astype(jnp.float32)
-    squared = (squares - 2 * near * sums + count * near**2).astype(jnp.float32)
-    variance = (squared - rest**2 / count) / (count - 1)
-    mean, divisor = near + rest / count, jnp.sqrt(variance) + 255e-6
-    voxels = raw.astype(jnp.float32).reshape(*raw.shape[:-1], -1, c)
-    return ((voxels - mean[:, :, None]) / divisor[:, :, None]).reshape(raw.shape)
+        def per_tubelet(x: Int[Array, "B T dt H dy WC"]) -> Int[Array, "B K C"]:
+            x = x.sum((2, 4)).reshape(b, t, h, w, tubelet[2], c).sum(4)
+            return take(x.reshape(b, t * h * w, c), indices)
+
+        sums, squares = per_tubelet(rows), per_tubelet(rows**2)
+        near = sums // count
+        rest = (sums - near * count).astype(jnp.float32)
+        squared = (squares - 2 * near * sums + count * near**2).astype(jnp.float32)
+        variance = (squared - rest**2 / count) / (count - 1)
+        mean, divisor = near + rest / count, jnp.sqrt(variance) + 255e-6
+        voxels = raw.astype(jnp.float32).reshape(*raw.shape[:-1], -1, c)
+        return ((voxels - mean[:, :, None]) / divisor[:, :, None]).reshape(raw.shape)
+
+    def of_tubelets(raw: UInt8[Array, "B K P"], video: UInt8[Array, "B T H W C"]) -> Float[Array, "B K P"]:
+        return reconstruction_target(raw, video.shape[-1], normalize=True)
+
+    return jax.lax.platform_dependent(raw, video, tpu=of_tubelets, default=of_frames)
 
 
 def reconstruction_error(
