@@ -60,6 +60,8 @@ def test_a_large_column_is_sent_as_the_names_of_its_files(tmp_path, monkeypatch)
     small = columns.texts("ab")
     assert pickle.loads(pickle.dumps(small)) == ("a", "b")
     assert set(tmp_path.rglob("*.npy")) == set(files)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert columns.numbers(range(count)) == tuple(range(count))
 
 
 @settings(deadline=None)

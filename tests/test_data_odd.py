@@ -145,6 +145,8 @@ def test_a_matrix_of_another_angle_is_refused(tmp_path):
         decode.read_clip(path, [0])
     with pytest.raises(decode.DecodeError, match="no quarter turn"):
         transcode.transcode(str(path), transcode.Form())
+    with pytest.raises(decode.DecodeError, match="no quarter turn"):
+        transcode.transcode(str(path), transcode.Form("keep"))
     with_matrix(path, 1.0, 0.01, -0.01, 1.0)  # less than a degree
     assert clips.frame_numbers(decode.read_clip(path, [3])) == [3]
 

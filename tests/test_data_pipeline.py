@@ -337,6 +337,46 @@ def test_repeated_augmentation_decodes_once(tmp_path, monkeypatch):
     assert len(reads) == 1
 
 
+def test_a_second_try_draws_what_the_first_one_did(tmp_path, monkeypatch):
+    path = clips.write(tmp_path / "a.mp4", clips.numbered_frames(60, 48, 64))
+    monkeypatch.setattr(reading, "_PAUSES", (0.0, 0.0))
+    record = {"video": path, "name": "a", "label": 0, "record": 0, "error": ""}
+    plain, fails = decode.Video.each, [False, True]
+
+    def unsteady(self, *args):
+        frames = plain(self, *args)
+        yield next(frames)
+        if fails.pop(0):
+            raise decode.ReadError("outage")
+        yield from frames
+
+    monkeypatch.setattr(decode.Video, "each", unsteady)
+    clip = pipeline.PretrainClip(frames=4, stride=2, size=(32, 32))
+    fails[:] = [False]
+    first = clip.random_map((0, record), np.random.default_rng(3))
+    fails[:] = [True, False]
+    second = clip.random_map((0, record), np.random.default_rng(3))
+    assert (first["weight"], second["weight"], fails) == (1, 1, [])
+    np.testing.assert_array_equal(second["video"], first["video"])
+
+
+def test_a_folder_that_cannot_be_listed_and_a_video_of_one_pixel(tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setattr(reading, "_PAUSES", (0.0, 0.0))
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.gif")
+    clip = pipeline.PretrainClip(frames=2, stride=1, size=(32, 32))
+    record = {"video": str(tmp_path / "dot.gif"), "name": "dot", "label": 0, "record": 0, "error": ""}
+    assert clip.random_map((0, record), np.random.default_rng(0))["weight"] == 1
+
+    def fails(_folder):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "listdir", fails)
+    made = clip.random_map((0, record | {"video": str(tmp_path)}), np.random.default_rng(0))
+    assert (made["weight"], made["error"]) == (0, f"{tmp_path}: cannot be read (Input/output error)")
+
+
 def test_reading_is_tried_again_and_decoding_is_not(tmp_path, monkeypatch):
     path = clips.write(tmp_path / "a.mp4", clips.numbered_frames(8, 32, 32))
     tries, plain = [], reading.open_video

@@ -1,6 +1,7 @@
 """Prepared folders as the loader opens them: many shards, many threads, classes, entries."""
 
 import concurrent.futures
+import pathlib
 import subprocess
 import sys
 import time
@@ -58,6 +59,38 @@ def test_more_shards_than_files_may_be_open(tmp_path):
     words = [sys.executable, "-c", script, str(tmp_path / "out")]
     found = subprocess.run(words, capture_output=True, text=True)
     assert found.stdout == "600\n", found.stderr
+
+
+def test_a_part_without_records_is_not_there(tmp_path):
+    clips.write(tmp_path / "a.mp4", clips.numbered_frames(6))
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    splits = {
+        split: [Entry(name, str(tmp_path / name))]
+        for split, name in (("train", "a.mp4"), ("test", "bad.mp4"))
+    }
+    prepare.run(
+        prepare.Job(Collection("own", splits), str(tmp_path / "set"), transcode.Form(), 2), 1, max_failed=1.0
+    )
+    folder = str(tmp_path / "set")
+    assert prepared.has_split(folder, "train")
+    assert not prepared.has_split(folder, "test")
+    with pytest.raises(sources.SourceError, match=r"has no split test: it has train$"):
+        prepared.open_source(folder, "test")
+
+
+def test_parts_that_start_at_once_share_a_folder(tmp_path, monkeypatch):
+    """Another one writes the settings while this one looks at the folder."""
+    job = prepare.Job(Collection("own", {"train": []}), str(tmp_path / "set"), transcode.Form(), 2)
+    plain, others = pathlib.Path.iterdir, [1]
+
+    def late(self):
+        if others.pop() if others else False:
+            prepare.claim(job)
+        return plain(self)
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", late)
+    prepare.claim(job)
+    assert [entry.name for entry in plain(tmp_path / "set")] == ["prepare.json"]
 
 
 def test_ids_labels_and_absent_videos_are_checked():

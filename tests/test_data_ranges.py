@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from videomae_jax.data import decode, images, index, pipeline, prepare, prepared, ranges, transcode
+from videomae_jax.data import decode, images, index, pipeline, prepare, prepared, ranges, sources, transcode
 from videomae_jax.data.collection import Collection, Entry
 
 # Around the size of Riegeli's blocks, 64 KiB less 24 bytes, and above several.
@@ -104,6 +104,23 @@ def test_of_a_file_in_a_store_one_request_takes_all_frames(stored, bucket, monke
         np.testing.assert_array_equal(video.read([3, 9, 30]), expected.read([3, 9, 30]))
     assert len(asked) == 2
     assert asked[1]["end"] - asked[1]["start"] < 0.3 * int(local.table.lengths[0])
+
+
+def test_indexes_of_stores_are_kept_apart(stored, bucket, tmp_path, monkeypatch):
+    """The same records in other shards have the same hash, and other places."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    entries = [Entry(name, str(stored.parent / name)) for name in ("a.mp4", "b.mp4")]
+    job = prepare.Job(Collection("some", {"train": entries}), str(bucket / "apart"), transcode.Form(), 1)
+    assert prepare.run(job, 1)["hash"] == prepared.read_manifest(str(stored))["hash"]
+    shutil.copytree(stored, bucket / "together")
+    for name in ("together", "apart"):
+        source = prepared.open_source(f"gs://bucket/{name}", "train")
+        assert [source[i]["error"] for i in (0, 1)] == ["", ""]
+        with source[1]["video"] as video:
+            video.read([0, 99])
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    with pytest.raises(sources.SourceError, match=r"cannot be written .*set XDG_CACHE_HOME to another"):
+        prepared.open_source("gs://bucket/apart", "train")
 
 
 def test_another_video_in_its_place_is_refused(stored, tmp_path):

@@ -77,6 +77,19 @@ def test_a_folder_in_a_store_is_listed_once_and_no_file_asked_for(bucket, monkey
         list(sources.videos_below("gs://bucket/absent"))
 
 
+def test_a_link_to_itself_is_the_failure_of_that_video_alone(tmp_path):
+    touch(tmp_path, "a.mp4")
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    (tmp_path / "loop").symlink_to("loop")
+    assert prepared.open_source(str(tmp_path), "train").ids == ("a.mp4", "loop.mp4")
+
+
+def test_names_may_hold_odd_breaks_of_lines(tmp_path):
+    touch(tmp_path, "a\u2028b.mp4", "c\x0bd.mp4")
+    (tmp_path / "list.csv").write_text("a\u2028b.mp4,0\r\nc\x0bd.mp4,1\n", encoding="utf-8", newline="")
+    assert lists.from_csv(tmp_path / "list.csv").ids == ("a\u2028b.mp4", "c\x0bd.mp4")
+
+
 def test_split_folders(tmp_path):
     touch(tmp_path, "train/a/1.mp4", "val/a/2.mp4")
     assert prepared.open_source(str(tmp_path), "train").ids == ("a/1.mp4",)
@@ -129,6 +142,8 @@ def test_absolute_paths_in_a_list(tmp_path):
         ("a.mp4 1\nb b.mp4 0\n", "line 2: 3 columns .*quote paths"),
         ("a.mp4,1\nmissing.mp4,0\ngone.mp4,1\n", r"line 2: no file .*missing.mp4 \(2 of 3 are absent\)"),
         ("a.mp4,1\na.mp4,0\n", "line 2: a.mp4 is already on line 1"),
+        ("a.mp4,1\na,0\n", "line 2: a is already on line 1"),
+        ("a.mp4,1\n./a.mp4,0\n", "line 2: ./a.mp4 is already on line 1"),
         ("path,label\na.mp4\n", r"line 2: 1 columns"),
         (
             "path,class\na.mp4,run\n",

@@ -51,6 +51,16 @@ def test_shrunk_is_even_and_never_larger():
     assert transcode.shrunk(101, 75, 256) == (100, 74)
 
 
+@pytest.mark.parametrize("codec", ["jpeg", "keep"])
+def test_what_no_record_can_hold_is_named(tmp_path, monkeypatch, codec):
+    path = clips.write(tmp_path / "long.mp4", clips.numbered_frames(6))
+    monkeypatch.setattr(transcode, "LARGEST", 1000)
+    made = prepare.encode(Entry("long.mp4", path), transcode.Form(codec))
+    assert isinstance(made, prepare.Failure)
+    assert "long.mp4: takes" in made.reason
+    assert made.is_final
+
+
 def test_keep_never_encodes(real_videos, tmp_path):
     path = str(real_videos / "part_0.mp4")
     with pytest.raises(decode.DecodeError, match="keep stores whole files only"):

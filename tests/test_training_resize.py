@@ -1,18 +1,21 @@
 """Where a run's crops are resized: chosen, said, and the same clips either way."""
 
+import dataclasses
 import json
 import pathlib
 import time
 
 import numpy as np
 import pytest
-from conftest import load_config
+from conftest import load_config, mesh_of, task_of
 
 from videomae_jax import config as settings
 from videomae_jax.apps import prepare
 from videomae_jax.data import prepared
 from videomae_jax.tasks import table
-from videomae_jax.training import compute
+from videomae_jax.training import compute, trainer
+from videomae_jax.training.splits import Splits
+from videomae_jax.training.task import Run
 
 
 def losses_of(workdir: pathlib.Path) -> list[float]:
@@ -48,6 +51,8 @@ def test_where_crops_are_resized(shapes, prepared_shapes, debug_config):
     for source, platform, meant in ((train, "gpu", "device"), (train, "cpu", "host"), (files, "tpu", "host")):
         assert compute.settled_resize(debug_config, source, platform).data.resize == meant
     assert debug_config.data.resize == "auto"
+    large = dataclasses.replace(train, short_side=720)  # one large video of them is enough
+    assert compute.settled_resize(debug_config, large, "gpu").data.resize == "host"
     debug_config.data.resize = "device"
     with pytest.raises(
         settings.UserError, match=r"data\.resize=device needs frames of a known size: prepare"
@@ -58,6 +63,18 @@ def test_where_crops_are_resized(shapes, prepared_shapes, debug_config):
         settings.UserError, match=r"data\.resize=.cloud. is unknown: use host, device or auto"
     ):
         compute.settled_resize(debug_config, train, "gpu")
+
+
+def test_the_loader_counts_the_squares_that_it_ships(debug_config, prepared_shapes):
+    train = dataclasses.replace(prepared.open_source(str(prepared_shapes), "train"), short_side=40)
+    for resize, side in (("host", 32), ("device", 40)):
+        debug_config.data.resize = resize
+        task = task_of(debug_config, train)
+        schedule = settings.make_schedule(debug_config, len(train))
+        run = Run(debug_config, pathlib.Path(), Splits(train, train, train), schedule, mesh_of(1))
+        made = task.clip_transform.random_map((0, train[0]), np.random.default_rng(0))["video"]
+        assert made.shape[2:4] == (side, side)
+        assert trainer.host_batch_bytes(run, task) == debug_config.data.batch_size * made[0].nbytes
 
 
 @pytest.mark.parametrize("task", ["pretrain", "contrast"])

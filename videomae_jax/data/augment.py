@@ -29,7 +29,7 @@ def multi_scale_box(height: int, width: int, size: tuple[int, int], rng: np.rand
     Args:
         size: output (height, width).
     """
-    sides = [int(min(height, width) * scale) for scale in _SCALES]
+    sides = [max(int(min(height, width) * scale), 1) for scale in _SCALES]
     heights, widths = ([out if abs(s - out) < 3 else s for s in sides] for out in size)
     pairs = [(h, w) for i, h in enumerate(heights) for j, w in enumerate(widths) if abs(i - j) <= 1]
     crop_height, crop_width = pairs[rng.integers(len(pairs))]

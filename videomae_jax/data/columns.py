@@ -7,7 +7,7 @@ import abc
 import array
 import hashlib
 import itertools
-import os
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, SupportsIndex, TypeVar, overload
 
@@ -149,8 +149,11 @@ def _shared(column: np.ndarray) -> np.ndarray:
         return column
     place = storage.cache() / "columns" / f"{hashlib.sha256(column.data).hexdigest()[:32]}.npy"
     if not place.exists():
-        with storage.output(place, writer=str(os.getpid())) as path, path.open("wb") as file:
-            np.save(file, column)
+        try:
+            with storage.output(place, writer=uuid.uuid4().hex) as path, path.open("wb") as file:
+                np.save(file, column)
+        except OSError:  # no cache, or a full one: it saves memory, no more
+            return column
     return mapped(str(place))
 
 

@@ -76,7 +76,7 @@ class DetectClip(grain.transforms.RandomMap):
             kept = slots.fill(boxes, actions)
             return pixels[None]
 
-        made = pipeline.clips_of(index, record, clips, (1, self.frames, *self.size, 3))
+        made = pipeline.clips_of(index, record, clips, (1, self.frames, *self.size, 3), rng)
         return made | kept
 
     def _augmented(

@@ -6,8 +6,8 @@ uint64 (of its video, see `ranges`) and `checks` uint32 (see `images`).
 """
 
 import array
-import os
 import pathlib
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from etils import epath
 
 from videomae_jax import storage
 from videomae_jax.data import columns
-from videomae_jax.data.sources import hash_of
+from videomae_jax.data.sources import SourceError, hash_of
 
 FOLDER = "index"
 
@@ -86,6 +86,7 @@ def read(folder: str, split: str, content: str) -> Index | None:
 
     Raises:
         OSError, ValueError: a file of it is damaged or absent.
+        SourceError: it cannot be kept in the cache.
     """
     place = epath.Path(folder) / FOLDER
     if not place.exists():
@@ -94,10 +95,20 @@ def read(folder: str, split: str, content: str) -> Index | None:
         local = storage.cache() / FOLDER / content
         for name in _files(split):
             if not (local / name).exists():
-                with storage.output(local / name, writer=str(os.getpid())) as path:
-                    path.write_bytes((place / name).read_bytes())
+                _keep(local / name, (place / name).read_bytes())
         place = local
     return Index(*(columns.mapped(str(pathlib.Path(place) / name)) for name in _files(split)))
+
+
+def _keep(place: pathlib.Path, content: bytes) -> None:
+    try:
+        with storage.output(place, writer=uuid.uuid4().hex) as path:
+            path.write_bytes(content)
+    except OSError as error:
+        raise SourceError(
+            f"{place} cannot be written ({error.strerror}), and indexes of stores are kept there: free some "
+            f"space, or set XDG_CACHE_HOME to another folder"
+        ) from None
 
 
 def _files(split: str) -> Sequence[str]:

@@ -74,7 +74,7 @@ def _read_rows(path: epath.Path, folder: str) -> list[Line]:
         data = path.read_bytes()
         if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise SourceError(f"{path} cannot be read as a text list: it is UTF-16, save it as UTF-8")
-        lines = data.decode("utf-8-sig").splitlines()
+        lines = re.split(r"\r\n|\r|\n", data.decode("utf-8-sig"))  # a name may hold other breaks of lines
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read as a text list: {error}") from None
     text = next((line.strip() for line in lines if line.strip()), "")
@@ -153,19 +153,20 @@ def _find(
     there = _There(places)
     found, absent = [], []
     for line, video, label, place in zip(lines, names, labels, places, strict=True):
-        if first_line.setdefault(video, line) != line:
-            raise SourceError(f"{path}, line {line}: {video} is already on line {first_line[video]}")
-        if place in there:
-            found.append((line, video, label))
-            continue
-        parent, _, name = place.rpartition("/")
-        if parent not in endings:
-            endings[parent] = _by_stem(epath.Path(parent or "/"))
-        suffixes = endings[parent].get(name, [])
+        suffixes = [""]
+        if place not in there:
+            parent, _, name = place.rpartition("/")
+            if parent not in endings:
+                endings[parent] = _by_stem(epath.Path(parent or "/"))
+            suffixes = endings[parent].get(name, [])
         if len(suffixes) > 1:
             raise SourceError(f"{path}, line {line}: {video} is {' and '.join(suffixes)}: add the suffix")
+        whole = video + "".join(suffixes)
+        before = first_line.setdefault(whole if is_remote(whole) else os.path.normpath(whole), line)
+        if before != line:
+            raise SourceError(f"{path}, line {line}: {video} is already on line {before}")
         if suffixes:
-            found.append((line, video + suffixes[0], label))
+            found.append((line, whole, label))
         else:
             absent.append((line, video))
     kept = list(zip(*found, strict=True)) or [(), (), ()]

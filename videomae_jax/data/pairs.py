@@ -41,4 +41,5 @@ class PairClips(grain.transforms.RandomMap):
         def clips(video: AnyVideo) -> np.ndarray:
             return np.stack([clip(video) for _ in range(self.clips_per_video)])
 
-        return pipeline.clips_of(*element, clips, (self.clips_per_video, self.frames, *self.size, 3))
+        shape = (self.clips_per_video, self.frames, *self.size, 3)
+        return pipeline.clips_of(*element, clips, shape, rng)

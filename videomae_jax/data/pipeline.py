@@ -63,21 +63,25 @@ class PretrainClip(grain.transforms.RandomMap):
         [R, 2] is (height, width) of each.
         """
         boxes: list[rgb.Box] = []
-        made = clips_of(*element, lambda video: self._clips(video, boxes, rng), self._shape)
+        shape = (self.clips_per_video, self.frames, *self.shipped, 3)
+        made = clips_of(*element, lambda video: self._clips(video, boxes, shape, rng), shape, rng)
         if not self.short_side:
             return made
         crops = [box[2:] for box in boxes] if made["weight"] else [self.size] * self.clips_per_video
         return made | {"crop": np.array(crops, np.int32)}
 
     @property
-    def _shape(self) -> tuple[int, ...]:
+    def shipped(self) -> tuple[int, int]:
+        """Height and width of the clips as the loader makes them."""
         side = max(self.short_side, *self.size)
-        return self.clips_per_video, self.frames, *((side, side) if self.short_side else self.size), 3
+        return (side, side) if self.short_side else self.size
 
-    def _clips(self, video: AnyVideo, boxes: list[rgb.Box], rng: np.random.Generator) -> np.ndarray:
+    def _clips(
+        self, video: AnyVideo, boxes: list[rgb.Box], shape: tuple[int, ...], rng: np.random.Generator
+    ) -> np.ndarray:
         """The clips of a video; puts the box of each into `boxes`. Frames are taken one after the other."""
         wanted = sampling.pretrain_clip(video.num_frames, self.frames, self.stride, rng)
-        made = np.zeros(self._shape, np.uint8)
+        made = np.zeros(shape, np.uint8)
 
         def draw(height: int, width: int) -> rgb.Box:
             if self.short_side and min(height, width) > self.short_side:  # a damaged header can say anything
@@ -136,7 +140,7 @@ class FinetuneClip(grain.transforms.RandomMap):
 
         shape = (self.clips_per_video, self.frames, *self.size, 3)
         boxes = [augment.erasing_box(*self.size, rng, self.erasing) for _ in range(self.clips_per_video)]
-        made = clips_of(*element, clips, shape)
+        made = clips_of(*element, clips, shape, rng)
         return made | {"erase": np.array(boxes, np.int32)}
 
     def _clip(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -254,14 +258,28 @@ def clips_of(
     record: Record | None,
     clips: Callable[[AnyVideo], np.ndarray],
     shape: tuple[int, ...],
+    rng: np.random.Generator | None = None,
 ) -> dict[str, Any]:
-    """What `clips` makes of a video, and its names; zeros of weight 0 where it cannot be read or is none."""
+    """What `clips` makes of a video, and its names; zeros of weight 0 where it cannot be read or is none.
+
+    Args:
+        rng: that `clips` draws from; a second try draws what the first one did.
+    """
     error, made, num_frames = "", None, 0  # made: [R, T, H, W, 3]
+    drawn = rng.bit_generator.state if rng else None
+
+    def read() -> tuple[int, np.ndarray]:
+        assert record is not None
+        if rng and drawn:
+            rng.bit_generator.state = drawn
+        with reading.open_video(record["video"], record["name"]) as video:
+            return video.num_frames, clips(video)
+
     if record is not None:
         error = record["error"]
         try:
             if not error:
-                num_frames, made = reading.patiently(lambda: _read(record, clips))
+                num_frames, made = reading.patiently(read)
         except decode.DecodeError as reason:
             error = str(reason)
     return {
@@ -273,11 +291,6 @@ def clips_of(
         "error": error,
         "num_frames": np.int32(num_frames),
     }
-
-
-def _read(record: Record, clips: Callable[[AnyVideo], np.ndarray]) -> tuple[int, np.ndarray]:
-    with reading.open_video(record["video"], record["name"]) as video:
-        return video.num_frames, clips(video)
 
 
 def _merged(batch: dict[str, Any]) -> dict[str, Any]:

@@ -117,7 +117,8 @@ def claim(job: Job) -> None:
         raise PrepareError(f"{folder} is a file: name a folder to prepare into")
     folder.mkdir(parents=True, exist_ok=True)
     path, ours = folder / _SETTINGS, job.settings()
-    if path.exists():
+    others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(PARTIAL)]
+    if path.exists():  # asked last: another part may have written it just now
         theirs = json.loads(path.read_text())
         if theirs.get("format", 0) > prepared.FORMAT:
             raise PrepareError(
@@ -131,7 +132,6 @@ def claim(job: Job) -> None:
                 f"or the old settings to go on with it"
             )
         return
-    others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(PARTIAL)]
     if others:
         raise PrepareError(f"{folder} holds something else ({min(others)}): use an empty folder")
     _write(path, json.dumps(ours, indent=1))
@@ -366,14 +366,13 @@ def finished(job: Job, retry_failed: bool = False) -> dict[str, Any] | None:
     # A folder of format 1 has no way to tell, nor is it written again by this version.
     failed = manifest["failed"] if manifest["format"] > 1 else []
     if any(retry_failed or not failure["is_final"] for failure in failed):
-        rows = prepared.read_rows(job.folder)
+        reports = {(shard.split, shard.number): {"rows": [], "failed": []} for shard in job.shards()}
+        for row in prepared.read_rows(job.folder):
+            reports[row["split"], int(row["shard"])]["rows"].append(_typed(row))
+        for failure in failed:
+            reports[failure["split"], failure["shard"]]["failed"].append(failure)
         for shard in job.shards():
-            ours = (shard.split, shard.number)
-            report = {
-                "rows": [_typed(row) for row in rows if (row["split"], int(row["shard"])) == ours],
-                "failed": [failure for failure in failed if (failure["split"], failure["shard"]) == ours],
-            }
-            _write(job.report(shard), json.dumps(report))
+            _write(job.report(shard), json.dumps(reports[shard.split, shard.number]))
         (storage.at(job.folder) / prepared.MANIFEST).unlink()
         _forget(job, failed, retry_failed)
         return None

@@ -239,10 +239,13 @@ def open_prepared(path: str, split: str) -> PreparedSource:
         SourceError: no such split, or no prepared data.
     """
     manifest = read_manifest(path)
-    if split not in manifest["splits"]:
-        raise SourceError(f"{path} has no split {split}: it has {', '.join(manifest['splits'])}")
+    if not _has_records(manifest, split):
+        some = ", ".join(name for name in manifest["splits"] if _has_records(manifest, name))
+        raise SourceError(f"{path} has no split {split}: it has {some}")
     try:
-        table = index.read(path, split, manifest["hash"])
+        table = index.read(path, split, hashlib.sha256(json.dumps(manifest).encode()).hexdigest())
+    except SourceError:
+        raise
     except (OSError, ValueError) as error:
         raise SourceError(f"{path}/{index.FOLDER} is damaged ({error}): prepare the data set again") from None
     if table is None:  # written by a version that made none
@@ -306,8 +309,13 @@ def open_source(
 def has_split(path: str, split: str) -> bool:
     """Whether `path` is divided and `split` is one of its parts."""
     if is_prepared(path):
-        return split in read_manifest(path)["splits"]
+        return _has_records(read_manifest(path), split)
     return epath.Path(path).is_dir() and split_part(path, split) is not None
+
+
+def _has_records(manifest: dict[str, Any], split: str) -> bool:
+    """Whether a part is there: of one all of whose videos failed or are absent nothing is."""
+    return manifest["splits"].get(split, {"records": 0})["records"] > 0
 
 
 def damage(path: str) -> Iterator[str]:

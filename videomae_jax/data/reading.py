@@ -79,13 +79,21 @@ AnyVideo = decode.Video | Images
 
 
 def frame_files(folder: str) -> list[str]:
-    """Names of the images in a folder, by the numbers in them: frame_2 comes before frame_10."""
+    """Names of the images in a folder, by the numbers in them: frame_2 comes before frame_10.
+
+    Raises:
+        ReadError: it cannot be listed.
+    """
 
     def by_number(name: str) -> tuple[list[tuple[int, str]], str]:
         parts = re.split(r"(\d+)", name)
         return [(int(part), "") if part.isdigit() else (0, part) for part in parts], name
 
-    names = [file.name for file in epath.Path(folder).iterdir()] if is_remote(folder) else os.listdir(folder)
+    try:
+        remote = epath.Path(folder) if is_remote(folder) else None
+        names = [file.name for file in remote.iterdir()] if remote else os.listdir(folder)
+    except Exception as error:  # what remote file systems raise is theirs
+        raise _unreadable(folder, error) from None
     images = (name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
     names = [name for name in images if not name.startswith(".")]
     # Names that differ in digits only, as nearly all do, are in that order as texts: a tenth of the time.
@@ -106,9 +114,11 @@ def read_bytes(path: str | os.PathLike) -> bytes:
             raise OSError("is no regular file")  # a pipe would be waited for
         return epath.Path(path).read_bytes()
     except Exception as error:  # what remote file systems raise is theirs
-        raise decode.ReadError(
-            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"
-        ) from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str | os.PathLike, error: Exception) -> decode.ReadError:
+    return decode.ReadError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
 _PAUSES = (0.1, 0.5)  # seconds, before what could not be read is read again

@@ -214,7 +214,7 @@ def _entries(folder: str) -> Iterator[tuple[str, bool]]:
     """(name, whether it is a folder) of what a folder holds, without a question for each of them."""
     if not is_remote(folder):
         with os.scandir(folder) as entries:
-            yield from ((entry.name, entry.is_dir()) for entry in entries)
+            yield from ((entry.name, _is_folder(entry)) for entry in entries)
         return
 
     def fail(error: Exception) -> None:
@@ -223,6 +223,13 @@ def _entries(folder: str) -> Iterator[tuple[str, bool]]:
     _, folders, files = next(epath.Path(folder).walk(on_error=fail), (folder, [], []))
     yield from ((name.rstrip("/"), True) for name in folders)
     yield from ((name, False) for name in files if name)  # some stores name the folder itself
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or to where one may not look
+        return False
 
 
 def from_folder(path: str | os.PathLike) -> VideoSource:

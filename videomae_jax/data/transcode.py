@@ -39,6 +39,7 @@ CODECS: dict[str, dict[str, str]] = {
 
 
 _RGB, _BT601 = 0, 6  # AVColorSpace
+LARGEST = 2**31 - 2**20  # bytes of a video: a message of protobuf has less than 2 GiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,7 @@ def _part(video: AnyVideo, digest: str, form: Form, first: int, last: int) -> En
             encoded = _unpacked(video, encoded, last - first, (height, width))
     except (FFmpegError, ValueError, OverflowError, struct.error) as error:
         raise decode.DecodeError(f"{video.name}: cannot be encoded as {form.codec} ({error})") from None
+    _check_length(video, encoded)
     return Encoded(encoded, last - first, video.fps, height, width, digest)
 
 
@@ -134,10 +136,22 @@ def _span(video: AnyVideo, start: float | None, end: float | None) -> tuple[int,
     return first, video.num_frames if end > length else max(video.index_at(end), first + 1)
 
 
+def _check_length(video: AnyVideo, data: bytes) -> None:
+    if len(data) > LARGEST:
+        raise decode.DecodeError(
+            f"{video.name}: takes {len(data) / 2**30:.1f} GiB, and a record holds less than two: cut it into "
+            f"parts, or prepare it smaller (--short_side, --codec)"
+        )
+
+
 def _keep(path: str, video: decode.Video) -> Encoded:
-    sizes = [rgb.orientation(frame).size(frame) for frame in _verified(video, 0, video.num_frames)]
+    try:
+        sizes = [rgb.orientation(frame).size(frame) for frame in _verified(video, 0, video.num_frames)]
+    except ValueError as error:
+        raise decode.DecodeError(f"{video.name}: {error}") from None
     height, width = sizes[0]
     data = reading.read_bytes(path)
+    _check_length(video, data)
     return Encoded(data, len(sizes), video.fps, height, width, hashlib.sha256(data).hexdigest())
 
 

@@ -14,6 +14,8 @@ from videomae_jax.keys import KEYS
 from videomae_jax.models import attention
 from videomae_jax.training import report
 
+_NEAR = 1.5  # how much larger than a clip frames may be whose crops the device resizes
+
 Check = Callable[[str, str, tuple[int, ...]], str]
 """(kernel, dtype, widths of heads) -> why it does not work, or ""."""
 
@@ -91,7 +93,9 @@ def settled_resize(config: Config, train: Source, platform: str) -> Config:
         )
     if wanted == "auto" and config.task in KEYS["data.resize"].read_by:
         config = config.copy_and_resolve_references()
-        config.data.resize = "device" if platform != "cpu" and train.short_side else "host"
+        # Clips are shipped as squares of the largest short side: of much larger ones nothing is gained.
+        is_near = 0 < train.short_side <= _NEAR * max(config.data.size)
+        config.data.resize = "device" if platform != "cpu" and is_near else "host"
     return config
 
 

@@ -65,7 +65,8 @@ def names_of(state: step.TrainState) -> list[str]:
 def host_batch_bytes(run: Run, task: Task) -> int:
     """Bytes of the clips of one batch that one host makes."""
     clip, rows = task.clip_transform, run.config.data.batch_size // jax.process_count()
-    return rows * clip.frames * math.prod(clip.size) * task.model.channels
+    size = clip.shipped if isinstance(clip, pipeline.PretrainClip) else clip.size
+    return rows * clip.frames * math.prod(size) * task.model.channels
 
 
 class Trainer:
