@@ -26,7 +26,7 @@ from videomae_jax.models import vit
 
 _BATCH = {"small": 1024, "base": 2048, "large": 512, "huge": 1024}  # on Kinetics-400
 _DATA = {
-    "k400": dict(path="data/kinetics400", stride=4, ratio=0.9, epochs=1601, every=20, lr=1.5e-4),
+    "k400": dict(path="data/k400", stride=4, ratio=0.9, epochs=1601, every=20, lr=1.5e-4),
     "ssv2": dict(path="data/ssv2", stride=2, ratio=0.9, epochs=2401, every=20, lr=1.5e-4),
     "ucf101": dict(path="data/ucf101", stride=4, ratio=0.75, epochs=3201, every=100, lr=3e-4),
     "hmdb51": dict(path="data/hmdb51", stride=2, ratio=0.75, epochs=4801, every=100, lr=3e-4),

@@ -243,7 +243,8 @@ def _doctor(values: Any, _arguments: list[str], _started: float) -> None:
     if values.config:
         findings.append(_rehearsed(values))
     if values.out and hosts.is_writer():
-        pathlib.Path(values.out).write_text(json.dumps([vars(found) for found in findings], indent=2) + "\n")
+        text = json.dumps([vars(found) for found in findings], indent=2) + "\n"
+        storage.write_text(storage.at(values.out), text)
     broken = [found.check for found in findings if found.status == "fix"]
     if broken:
         raise UserError(f"doctor: {', '.join(broken)} must be mended, see above")
@@ -292,6 +293,8 @@ def _study(values: Any, _arguments: list[str], _started: float) -> None:
     if values.processes < 0:
         raise flags.Error(f"--processes={values.processes} must be 0 or more")
     if values.report is not None:
+        if storage.is_remote(values.out):
+            raise flags.Error(f"--out={values.out}: a report is written on this machine")
         carry_out.show(values.report, values.out)
     elif values.workdir is not None and storage.is_remote(values.workdir):
         raise flags.Error(f"--workdir={values.workdir}: a study's folder is of this machine")
