@@ -149,6 +149,18 @@ def test_runs_wait_for_what_they_need_and_are_made_once(tmp_path):
     )
 
 
+def test_runs_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("settings.py").write_text("lr = 1")
+    run = Run("first_0", "settings.py:steps=9", (), 0)
+    Pretended(tmp_path / "study").run([run], SLOTS)
+    pathlib.Path("settings.py").write_text("lr = 2")
+    with pytest.raises(
+        UserError, match=r"first_0 was made before its config file changed: .*settings\.py back"
+    ):
+        Pretended(tmp_path / "study").run([run], SLOTS)
+
+
 def test_a_failed_run_is_told_and_tried_again(tmp_path):
     other = Run("other_0", "configs/study.py", (), 0)
     work = Pretended(tmp_path, fails={"first_0"})

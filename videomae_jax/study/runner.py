@@ -56,6 +56,11 @@ class Run:
         """What identifies it: its flags, in a work folder called RUNS."""
         return shlex.join(["train", *self.flags(pathlib.Path("RUNS"))])
 
+    @property
+    def file_hash(self) -> str:
+        """Of its config file: other settings under the same flags are another run."""
+        return _short_hash(pathlib.Path(self.config.partition(":")[0]).read_text())
+
     def flags(self, workdir: pathlib.Path) -> list[str]:
         """What `train` is called with."""
         edits = [*self.edits, ("seed", self.seed)]
@@ -209,6 +214,11 @@ class Runner:
                     f"{self.results.path}: {run.name} is of another plan ({line['command']}): use another "
                     f"--workdir, or remove its line and its folder"
                 )
+            if line and line.get("config_file", run.file_hash) != run.file_hash:
+                raise UserError(
+                    f"{self.results.path}: {run.name} was made before its config file changed: use another "
+                    f"--workdir, or put the old {run.config.partition(':')[0]} back"
+                )
         waiting = [run for run in runs if run.name not in self.results.lines]
         self._machine, total = machine[0].device, len(waiting)
         print(f"{len(runs)} runs, {total} to do, {len(machine)} at once", flush=True)
@@ -334,6 +344,7 @@ class Runner:
             "command": run.command,
             "figures": score(summary),
             "seconds": seconds,
+            "config_file": run.file_hash,
             "config_hash": _short_hash(of_run["config"]),
             "data_hash": _short_hash(of_data),
             "code": code,
