@@ -218,6 +218,18 @@ def test_a_report_says_what_its_results_say(pretended, tmp_path, capsys):
     assert "not run" in capsys.readouterr().out  # claims of rows that this scale has not
 
 
+def test_a_report_says_why_what_points_the_other_way_may(pretended, tmp_path):
+    lines = [json.loads(line) for line in pretended.read_text().splitlines()]
+    for line in lines:
+        if line["run"].startswith("frame_attentive"):
+            line["figures"]["top1"] += 0.1
+    pretended.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    carry_out.show(str(pretended), str(tmp_path / "docs"))
+    text = (tmp_path / "docs" / "evidence.md").read_text()
+    assert "* tube masking beats frame masking: -10.0 ± 0.0. The slice that frame masking leaves" in text
+    assert "Of 3 findings that were tried 0 point as in the paper" in text
+
+
 def test_a_report_can_be_made_again_from_the_committed_results(pretended, tmp_path):
     for out, source in (("one", pretended), ("two", tmp_path / "one" / "evidence.jsonl")):
         carry_out.show(str(source), str(tmp_path / out))

@@ -53,12 +53,14 @@ class Claim:
         text: in a sentence.
         better, worse: names of rows.
         paper: its figures and where they stand.
+        otherwise: why it may not be so here; told where it is not.
     """
 
     text: str
     better: str
     worse: str
     paper: str
+    otherwise: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

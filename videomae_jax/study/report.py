@@ -92,7 +92,11 @@ def _verdicts(verdicts: Sequence[Verdict]) -> Iterator[str]:
     agree = sum(verdict.word == "agrees" for verdict in told)
     yield "## What the paper says, and what was found"
     yield ""
-    yield f"{agree} of {len(told)} findings that were tried agree with the paper, or what is cited, at 95 %."
+    alike = sum(verdict.gain is not None and verdict.gain.mean > 0 for verdict in told)
+    yield (
+        f"Of {len(told)} findings that were tried {alike} point as in the paper, or what is cited, {agree} "
+        f"of them at 95 %."
+    )
     yield ""
     yield "| | the paper | here, points | verdict |"
     yield "|---|---|---|---|"
@@ -100,6 +104,16 @@ def _verdicts(verdicts: Sequence[Verdict]) -> Iterator[str]:
         gain = _gain(verdict.gain) if verdict.gain else ""
         yield f"| {verdict.claim.text} | {verdict.claim.paper} | {gain} | {verdict.word} |"
     yield ""
+    against = [verdict for verdict in told if verdict.gain and verdict.gain.mean < 0]
+    if against:
+        yield "What points the other way, and why that may be (not tried):"
+        yield ""
+        yield from (f"* {verdict.claim.text}: {_reason(verdict)}" for verdict in against)
+        yield ""
+
+
+def _reason(verdict: Verdict) -> str:
+    return f"{_gain(verdict.gain)}. {verdict.claim.otherwise}".strip() if verdict.gain else ""
 
 
 def _gain(gain: Interval) -> str:
