@@ -140,7 +140,7 @@ def test_other_heads(tmp_path, head):
     assert not (tmp_path / "run" / "confusion.png").exists()
 
 
-def test_the_test_part_does_not_choose_weights(tmp_path):
+def test_the_test_part_does_not_choose_weights(tmp_path, capsys):
     for split, count in (("train", 12), ("test", 4)):
         for i in range(count):
             path = tmp_path / split / "ab"[i % 2] / f"{i}.mp4"
@@ -150,6 +150,7 @@ def test_the_test_part_does_not_choose_weights(tmp_path):
     opened = splits.open_splits(c)
     assert (len(opened.train), len(opened.validation), len(opened.test)) == (11, 1, 4)
     assert set(opened.validation.ids).isdisjoint(opened.train.ids)
+    assert "has no validation part: 1 training videos are kept for it" in capsys.readouterr().out
     assert opened.validation.root == opened.train.root != opened.test.root
     c = load_config("debug", f"data={tmp_path},task=probe")
     assert len(splits.open_splits(c).train) == 12

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import queue
+import re
 import shlex
 import statistics
 import subprocess
@@ -271,13 +272,13 @@ class Runner:
         return f"{run.name}: {figures}  {line['seconds']} s"
 
     def _expected(self, runs: Sequence[Run], left: Sequence[Run]) -> float:
-        """Seconds that runs will take: as long as others of their config, or as any, took so far."""
+        """Seconds that runs will take: as long as others of their kind, or as any, took so far."""
         took: dict[str, list[int]] = {}
         for run in runs:
             if run.name in self.results.lines:
-                for kind in (run.config, ""):
+                for kind in (_kind(run), ""):
                     took.setdefault(kind, []).append(self.results.lines[run.name]["seconds"])
-        return sum((statistics.fmean(took.get(run.config) or took.get("") or [0]) for run in left), 0.0)
+        return sum((statistics.fmean(took.get(_kind(run)) or took.get("") or [0]) for run in left), 0.0)
 
     def _carry_out(self, run: Run, free: "queue.SimpleQueue[Slot]") -> None:
         """One run in a process of its own, with a share of the machine."""
@@ -350,6 +351,11 @@ class Runner:
             "code": code,
             "machine": self._machine,
         }
+
+
+def _kind(run: Run) -> str:
+    """Its config, whatever amount of labels it has: they cost nothing."""
+    return re.sub(r"labels=\d+", "", run.config)
 
 
 def _short_hash(data: Any) -> str:

@@ -45,6 +45,8 @@ def open_splits(config: Config, needs_labels: bool = True) -> Splits:
             few = f"{len(train)} videos are too few to hold any out"
             report.say(f"{few if data.held_out else 'data.held_out=0'}: {instead}")
             validation = train
+        elif needs_labels:
+            report.say(f"{path} has no validation part: {len(validation)} training videos are kept for it")
     if not needs_labels:
         return Splits(train, validation, validation)
     if not validation.targets and max(validation.labels) < 0:
