@@ -211,9 +211,13 @@ def _curves(axes: Any, shown: Sequence[Row], means: Mapping[str, Interval]) -> N
         high = [min(found.mean + _half(found), 100.0) for _, found in points]
         (line,) = axes.plot(places, centre, marker="o", label=series)
         axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        if len(points) == 1:  # has no band
+            axes.vlines(places, low, high, color=line.get_color(), alpha=0.6)
     axes.set_xscale("log")
     ticks = sorted({row.x for row in shown if row.x is not None})
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    is_near = [i > 0 and tick < 1.5 * ticks[i - 1] for i, tick in enumerate(ticks)]
+    names = [f"\n{tick:g}" if near else f"{tick:g}" for tick, near in zip(ticks, is_near, strict=True)]
+    axes.set_xticks(ticks, names)
     axes.minorticks_off()
     if len({row.series for row in shown}) > 1:
         axes.legend(frameon=False)
