@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from typing import Any
 
 import jax
@@ -91,7 +90,7 @@ def extract(
     folder = storage.scratch(place)  # memory-mapped, so on a disk
     folder.mkdir(parents=True, exist_ok=True)
     evaluator = testing.Evaluator(frozen.features, source, views, config, mesh)
-    videos = f"{os.path.abspath(source.root)} {source.fingerprint()}"  # names are not enough
+    videos = f"{storage.at(source.root)} {source.fingerprint()}"  # names are not enough
     identity = f"{frozen.identity()} {videos} {views} {evaluator.batch_videos}"
     done = {"identity": identity, "batches": 0, "records": [], "failed": {}}
     path, values = folder / "done.json", None
