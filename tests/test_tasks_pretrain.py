@@ -1,15 +1,22 @@
 """Pretraining's own: dual masking (VideoMAE V2) beside the plain loss."""
 
 import dataclasses
+import json
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import task_of
+from flax import nnx
+from flax.traverse_util import flatten_dict
 from test_training_step import ROOT, TASK, batch_of
 
-from videomae_jax.models import masking
+import videomae_jax as vm
+from videomae_jax.models import heads, masking, vit
 from videomae_jax.models.layout import WHOLE
+from videomae_jax.tasks import table
 
 DUAL = dataclasses.replace(TASK, decoder_mask="running_cell")
 BATCH = {name: jnp.asarray(value) for name, value in batch_of().items()}
@@ -35,7 +42,6 @@ def test_dual_masking_is_the_mean_over_kept_and_hidden():
         assert set(np.asarray(places[row])[np.asarray(counts[row]) > 0].tolist()) == both
     assert 0 < counts.sum() < counts.size  # some kept places are visible
     model = jax.tree.map(lambda x: x, TASK.init(jax.random.key(0)))
-    from flax import nnx
 
     losses = nnx.merge(TASK.graphdef, model).token_losses(BATCH["video"], visible, places, True, "mse")
     found = terms(DUAL)
@@ -58,3 +64,48 @@ def test_fewer_operations_than_without():
         dataclasses.replace(
             DUAL, model=dataclasses.replace(TASK.model, clip_size=(4, 12, 16))
         ).flops_per_clip()
+
+
+def test_weights_to_start_from(debug_config, tmp_path):
+    """All of another pretraining; without its decoder where that has other sizes; a classifier's encoder."""
+    task = task_of(debug_config)
+    names = [f"params/{name}" for name in flatten_dict(task.init(jax.random.key(0)), sep="/")]
+    model = nnx.merge(task.graphdef, task.init(jax.random.key(5)))
+    vm.save(model, tmp_path / "mae")
+    theirs = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep="/")
+    shared = {field.name: getattr(task.model, field.name) for field in dataclasses.fields(vit.BackboneConfig)}
+    for pooling in ("mean", "first"):
+        config = heads.ClassifierConfig(**shared, classes=("run", "sit"), pooling=pooling)
+        vm.save(heads.VideoClassifier(config, rngs=nnx.Rngs(1)), tmp_path / pooling)
+
+    def taken(source, **decoder):
+        debug_config.init_from = str(tmp_path / source)
+        debug_config.model.decoder.update(decoder)
+        found = task_of(debug_config).start(debug_config, names)
+        return {name.removeprefix("params/"): value for name, value in found.items()}
+
+    found = taken("mae")
+    assert found.keys() == theirs.keys()
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+    encoder = {name for name in theirs if name.startswith("encoder/")}
+    norm = {"encoder/norm/scale", "encoder/norm/bias"}
+    assert taken("first").keys() == encoder
+    assert taken("mean").keys() == encoder - norm
+    assert taken("mae", mlp_dim=24).keys() == encoder
+
+
+@pytest.mark.slow
+def test_pretraining_goes_on_from_weights(debug_config, tmp_path):
+    """Its first loss is that of the run it starts from, not that of fresh weights."""
+    debug_config.optim.update(duration=30)
+    debug_config.loss.normalize_target, debug_config.log.statistics = False, "raw"
+    debug_config.log.steps = 1
+    losses = {}
+    for name, source in (("first", ""), ("second", str(tmp_path / "first"))):
+        debug_config.init_from = source
+        table.train(debug_config, tmp_path / name, time.time())
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        losses[name] = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+    assert losses["first"][-1] < 0.8 * losses["first"][0]
+    assert abs(losses["second"][0] - losses["first"][-1]) < 0.5 * (losses["first"][0] - losses["first"][-1])

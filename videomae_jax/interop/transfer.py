@@ -40,12 +40,13 @@ class Transfer:
         return f"{len(self.matched)} arrays taken; fresh: {fresh}; unused: {unused}"
 
 
-def read(path: str | os.PathLike, config: ClassifierConfig | DetectorConfig, names: list[str]) -> Transfer:
+def read(path: str | os.PathLike, config: ModelConfig, names: list[str]) -> Transfer:
     """Reads what a model of `config` with the parameters `names` ("encoder/embed/kernel", ...) can use.
 
-    The backbone must be there whole. The final norm is taken from a classifier with the same pooling; from a
-    pretraining model it is for pooling "first" only (with "mean" the published norm starts fresh). A
-    detector, whose norm is of every token, takes any norm that there is. The head is taken from a model of
+    The backbone must be there whole. The final norm is taken from a classifier with the same pooling; that of
+    a pretraining model is as one of pooling "first" (with "mean" the published norm starts fresh). A
+    detector, whose norm is of every token, takes any norm that there is. Pretraining takes a decoder of its
+    own sizes that predicts as many numbers. The head is taken from a model of
     the same kind, and kind of head, that knows all the classes, by their names: so one of Kinetics-710 begins
     on Kinetics-400, 600 or 700 with what it knows.
 
@@ -68,27 +69,32 @@ def read(path: str | os.PathLike, config: ClassifierConfig | DetectorConfig, nam
         )
     tree: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     found = {"/".join(key): np.asarray(value) for key, value in flatten_dict(tree).items()}
-    takes_every_norm = isinstance(config, DetectorConfig)
-    if isinstance(theirs, VideoMAEConfig) and (takes_every_norm or config.pooling == "first"):
-        found |= {
-            name.removeprefix("encoder/"): found.pop(name) for name in list(found) if "encoder/norm" in name
-        }
-    has_norm = "norm/scale" in found and (takes_every_norm or _pooling(theirs) == config.pooling)
+    there, here = _norm(theirs), _norm(config)
+    has_norm = f"{there}/scale" in found and (
+        isinstance(config, DetectorConfig) or _pooling(theirs) == _pooling(config)
+    )
+    if has_norm:
+        found |= {f"{here}/{name}": found.pop(f"{there}/{name}") for name in ("scale", "bias")}
+    has_decoder = (
+        isinstance(theirs, VideoMAEConfig)
+        and isinstance(config, VideoMAEConfig)
+        and (theirs.decoder, theirs.target_width) == (config.decoder, config.target_width)
+    )
     has_head = False
     if (
-        isinstance(theirs, type(config))
+        isinstance(config, ClassifierConfig | DetectorConfig)
+        and isinstance(theirs, type(config))
         and getattr(theirs, "head", "") == getattr(config, "head", "")
         and set(config.classes) <= set(theirs.classes)
     ):
         has_head = True
         rows = [theirs.classes.index(name) for name in config.classes]
         found |= {f"head/{name}": found[f"head/{name}"][..., rows] for name in ("kernel", "bias")}
+    taken = {here: has_norm, "encoder": True, "decoder": has_decoder, "head": has_head}
     wanted = [
         name
         for name in names
-        if name.startswith("encoder/")
-        or (name.startswith("norm/") and has_norm)
-        or (name.startswith("head/") and has_head)
+        if next(is_taken for part, is_taken in taken.items() if name.startswith(f"{part}/"))
     ]
     absent = sorted(set(wanted) - set(found))
     if absent:
@@ -99,6 +105,11 @@ def read(path: str | os.PathLike, config: ClassifierConfig | DetectorConfig, nam
         fresh=sorted(set(names) - set(wanted)),
         unused=sorted(set(found) - set(wanted)),
     )
+
+
+def _norm(config: ModelConfig) -> str:
+    """The final norm's name."""
+    return "encoder/norm" if isinstance(config, VideoMAEConfig) else "norm"
 
 
 def _pooling(config: ModelConfig) -> str:

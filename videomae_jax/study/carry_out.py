@@ -7,7 +7,8 @@ import signal
 from videomae_jax.config import UserError
 from videomae_jax.study import report, runner
 from videomae_jax.study.claims import Verdict
-from videomae_jax.study.plan import CONFIG, SCALES, Plan
+from videomae_jax.study.plan import SCALES, Plan
+from videomae_jax.study.runs import CONFIG
 
 
 def _plan(scale: str) -> Plan:

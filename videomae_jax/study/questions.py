@@ -15,7 +15,8 @@ class Row:
     Attributes:
         name: of the row, in its question.
         runs: one for each seed; their accuracy is the row's figure.
-        x: where it stands on the axis of a curve, and `series` of which curve; None: a bar.
+        x: where it stands on the axis of a curve, and `series` of which curve; None: a bar, or a level
+            beside curves.
         paper: the paper's figure for it, in per cent.
     """
 

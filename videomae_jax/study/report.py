@@ -200,6 +200,10 @@ def _half(found: Interval) -> float:
 
 
 def _curves(axes: Any, shown: Sequence[Row], means: Mapping[str, Interval]) -> None:
+    for row in shown:
+        if row.x is None:
+            axes.axhline(means[row.name].mean, color="gray", linestyle="--", label=row.name)
+    shown = [row for row in shown if row.x is not None]
     for series in dict.fromkeys(row.series for row in shown):
         points = sorted(
             ((row.x or 0.0, means[row.name]) for row in shown if row.series == series),
@@ -219,7 +223,7 @@ def _curves(axes: Any, shown: Sequence[Row], means: Mapping[str, Interval]) -> N
     names = [f"\n{tick:g}" if near else f"{tick:g}" for tick, near in zip(ticks, is_near, strict=True)]
     axes.set_xticks(ticks, names)
     axes.minorticks_off()
-    if len({row.series for row in shown}) > 1:
+    if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(frameon=False)
 
 

@@ -7,10 +7,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from videomae_jax.config import Config, UserError
-from videomae_jax.interop import transfer, weights
+from videomae_jax.interop import export, transfer, weights
 from videomae_jax.models import vit
-from videomae_jax.models.detector import DetectorConfig
-from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.mae import VideoMAEConfig
 from videomae_jax.training import report
 
@@ -59,10 +57,8 @@ def check_tensor(config: Config, model: vit.BackboneConfig) -> None:
             )
 
 
-def start(
-    config: Config, model: ClassifierConfig | DetectorConfig, names: list[str]
-) -> dict[str, np.ndarray]:
-    """What a classifier or detector takes of `init_from`, by the names of the state; see `transfer.read`."""
+def start(config: Config, model: export.ModelConfig, names: list[str]) -> dict[str, np.ndarray]:
+    """What a model takes of `init_from`, by the names of the state; see `transfer.read`."""
     if not config.init_from:
         return {}
     ours = [name.removeprefix("params/") for name in names if name.startswith("params/")]

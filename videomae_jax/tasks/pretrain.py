@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, UInt8
 
@@ -64,6 +65,10 @@ class Pretrain(Task[VideoMAEConfig]):
     def init(self, key: Key[Array, ""]) -> dict:
         """Parameters at the start of training, a nested dict of float32 arrays."""
         return functional.init(VideoMAE, self.model, key)
+
+    def start(self, config: Config, names: list[str]) -> dict[str, np.ndarray]:
+        """The encoder of `init_from`, and its decoder where it has the same sizes; see `transfer.read`."""
+        return backbone.start(config, self.model, names)
 
     def masks(self, batch: Batch, root: Key[Array, ""]) -> masking.Indices:
         """(visible, hidden) of each example; a function of (root key, global example index) only."""
@@ -212,8 +217,6 @@ def make(config: Config, train: Source | None, _weights: str) -> Pretrain:
     """
     if config.data.stride < 1:
         raise UserError("data.stride=0 (one frame of each part) is for finetuning: use at least 1")
-    if config.init_from:
-        raise UserError("init_from is for finetuning and probes: pretraining starts from nothing")
     task = Pretrain(
         model=VideoMAEConfig.from_dict(backbone.fields(config) | {"decoder": config.model.decoder.to_dict()}),
         mask=config.mask.kind,
