@@ -99,7 +99,7 @@ def ava_kinetics(root: pathlib.Path) -> None:
     folder, box = root / "annotations", ("0.1", "0.2", "0.5", "0.9")
     rows = [("abcdefghi_k", "12.5", *box, "7", "0"), ("abcdefghi_k", "12.5", *box, "9", "0")]
     table(folder / "kinetics_train_v1.0.csv", rows)
-    table(folder / "kinetics_val_v1.0.csv", [("abcdefghi_k", "10.5", *box, "7")])
+    table(folder / "kinetics_val_v1.0.csv", [("abcdefghi_k", "10.5", *box, "7"), ("abcdefghi_k", "11.5")])
     video(root / "videos" / "kinetics" / "abcdefghi_k_000010_000020.mkv", seconds=5)
 
 
@@ -140,7 +140,11 @@ EXPECTED = {
     "ava": {"train": [("m1/4", -1), ("m1/6", -1)], "validation": [("m2/3", -1)]},
     "ava_kinetics": {
         "train": [("m1/4", -1), ("m1/6", -1), ("abcdefghi_k_000010_000020/2.5", -1)],
-        "validation": [("m2/3", -1), ("abcdefghi_k_000010_000020/0.5", -1)],
+        "validation": [
+            ("m2/3", -1),
+            ("abcdefghi_k_000010_000020/0.5", -1),
+            ("abcdefghi_k_000010_000020/1.5", -1),
+        ],
     },
 }
 

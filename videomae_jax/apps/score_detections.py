@@ -1,14 +1,15 @@
 """The command `score-detections`: AVA's official metric of a file of detections, alone."""
 
 import json
-from typing import Any
+from array import array
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from videomae_jax import storage
 from videomae_jax.config import UserError
 from videomae_jax.data import boxes
-from videomae_jax.data.boxes import Row
 from videomae_jax.evaluation import detection
 from videomae_jax.evaluation.detection import Boxes
 
@@ -29,51 +30,79 @@ def run(truth: str, found: str, classes: str, excluded: str, out: str) -> dict[s
         raise UserError(f"{trouble}: choose another --out")
     actions = boxes.read_actions(classes)
     skipped = boxes.read_frames(excluded) if excluded else set()
-    true_rows, found_rows = boxes.read_rows(truth), boxes.read_rows(found)
-    for row in true_rows:
-        if row.corners and not has_area(row):
-            raise UserError(f"{truth} line {row.line}: a box without area: left < right, top < bottom")
-    for path, rows in ((truth, true_rows), (found, found_rows)):
-        if not any(row.corners for row in rows):
-            raise UserError(f"{path} has no box in it: nothing can be scored")
-    annotated = {row.frame for row in true_rows} - skipped
-    if not annotated & {row.frame for row in found_rows}:
+    number: dict[tuple[str, int], int] = {}
+    true, guessed = read(truth, number), read(found, number)
+    if not all(areas := has_area(true.boxes)):
         raise UserError(
-            f"{found} has no frame of {truth}, such as {','.join(map(str, min(annotated, default='?')))} ms: "
+            f"{truth} line {true.lines[np.argmin(areas)]}: a box without area: left < right, top < bottom"
+        )
+    for path, side in ((truth, true), (found, guessed)):
+        if not len(side.lines):
+            raise UserError(f"{path} has no box in it: nothing can be scored")
+    left_out = {number[frame] for frame in skipped if frame in number}
+    annotated = true.frames - left_out
+    if not annotated & guessed.frames:
+        names = {place: frame for frame, place in number.items()}
+        first = names.get(min(annotated, default=-1), "?")
+        raise UserError(
+            f"{found} has no frame of {truth}, such as {','.join(map(str, first))} ms: "
             f"they are of other videos, or times are counted otherwise"
         )
-    number: dict[tuple[str, int], int] = {}
-    sides = as_boxes(true_rows, number, skipped), as_boxes(found_rows, number, skipped)
-    precisions = detection.average_precisions(sides[0], sides[1], np.array(sorted(actions)))
+    kept = [side.boxes.of(~np.isin(side.boxes.frames, list(left_out))) for side in (true, guessed)]
+    precisions = detection.average_precisions(kept[0], kept[1], np.array(sorted(actions)))
     result = {
         "mAP": detection.mean(precisions),
         "classes": {str(action): value for action, value in precisions.items()},
         "frames": len(annotated),
-        "boxes": [int(np.isin(side.actions, list(actions)).sum()) for side in sides],
-        "frames_without_truth": len({row.frame for row in found_rows} - annotated - skipped),
-        "boxes_without_area": sum(row.corners is not None and not has_area(row) for row in found_rows),
+        "boxes": [int(np.isin(side.actions, list(actions)).sum()) for side in kept],
+        "frames_without_truth": len(guessed.frames - annotated - left_out),
+        "boxes_without_area": int((~has_area(guessed.boxes)).sum()),
     }
     storage.write_text(storage.at(out), json.dumps(result, indent=1) + "\n")
     _print(result, actions)
     return result
 
 
-def has_area(row: Row) -> bool:
-    """Whether the box of a row lies the right way round."""
-    assert row.corners
-    left, top, right, bottom = row.corners
-    return left < right and top < bottom
+class Read(NamedTuple):
+    """A file of boxes.
+
+    Attributes:
+        boxes: all of them.
+        lines: where each stands.
+        frames: numbers of all frames, also of those without any box.
+    """
+
+    boxes: Boxes
+    lines: Int[np.ndarray, " N"]
+    frames: set[int]
 
 
-def as_boxes(rows: list[Row], number: dict[tuple[str, int], int], skipped: set[tuple[str, int]]) -> Boxes:
-    """The boxes of rows but for those of skipped frames; frames are numbered as they come in `number`."""
-    kept = [row for row in rows if row.corners and row.frame not in skipped]
-    return Boxes(
-        np.array([number.setdefault(row.frame, len(number)) for row in kept], np.int64),
-        np.array([row.corners for row in kept], np.float64).reshape(-1, 4),
-        np.array([row.action for row in kept], np.int64),
-        np.array([row.extra for row in kept], np.float64),
-    )
+def read(path: str, number: dict[tuple[str, int], int]) -> Read:
+    """Reads a file line by line into columns; frames are numbered as they come in `number`.
+
+    Raises:
+        SourceError: as `boxes.rows`.
+    """
+    frames, actions, lines = array("q"), array("q"), array("q")
+    corners, scores = array("d"), array("d")
+    seen: set[int] = set()
+    for row in boxes.rows(path):
+        frame = number.setdefault(row.frame, len(number))
+        seen.add(frame)
+        if row.corners:
+            frames.append(frame)
+            corners.extend(row.corners)
+            actions.append(row.action)
+            scores.append(row.extra)
+            lines.append(row.line)
+    found = Boxes(np.array(frames), np.array(corners).reshape(-1, 4), np.array(actions), np.array(scores))
+    return Read(found, np.array(lines), seen)
+
+
+def has_area(found: Boxes) -> Bool[np.ndarray, " N"]:
+    """Which boxes lie the right way round."""
+    left, top, right, bottom = found.corners.T
+    return (left < right) & (top < bottom)
 
 
 def _print(result: dict[str, Any], actions: dict[int, str]) -> None:

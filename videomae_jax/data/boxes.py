@@ -51,20 +51,21 @@ def read_rows(path: str, needs_action: bool = True) -> list[Row]:
     Raises:
         SourceError: it cannot be read, or a line is no such row; named by file and line.
     """
-    return list(_rows(path, needs_action))
+    return list(rows(path, needs_action))
 
 
 def _lines(path: str) -> Iterator[tuple[int, list[str]]]:
     try:
-        text = epath.Path(path).read_text(encoding="utf-8").removeprefix("\ufeff")
-    except (OSError, UnicodeDecodeError) as error:
+        with epath.Path(path).open("r", encoding="utf-8") as file:
+            for number, fields in enumerate(csv.reader(line.removeprefix("\ufeff") for line in file), 1):
+                if fields:
+                    yield number, [field.strip() for field in fields]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SourceError(f"{path} cannot be read ({error}): pass a CSV file") from None
-    for number, fields in enumerate(csv.reader(text.splitlines()), 1):
-        if fields:
-            yield number, [field.strip() for field in fields]
 
 
-def _rows(path: str, needs_action: bool) -> Iterator[Row]:
+def rows(path: str, needs_action: bool = True) -> Iterator[Row]:
+    """`read_rows`, one after the other: a file of AVA's validation part may have 14 million."""
     for line, fields in _lines(path):
         if not needs_action:  # nor has it to be there
             fields = [*fields[:6], fields[6] or "-1", *fields[7:]] if len(fields) > 6 else fields

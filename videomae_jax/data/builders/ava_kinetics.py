@@ -34,10 +34,11 @@ def _entries(annotations: epath.Path, short: str, finder: VideoFinder) -> list[t
     file = find_file(annotations, f"{short} list of Kinetics", f"kinetics_{short}_v1.0.csv")
     with file.open("r") as lines:
         rows = [row for row in csv.reader(lines) if row]
-    odd = next((row for row in rows if len(row) not in (7, 8)), None)
+    odd = next((row for row in rows if len(row) not in (2, 7, 8)), None)
     if odd is not None:
-        raise SourceError(f"{file} is no list of AVA-Kinetics: {odd} has {len(odd)} columns, not 7 or 8")
-    frames = key_frames(file, [[*row, "0"][:8] for row in rows], set())
+        raise SourceError(f"{file} is no list of AVA-Kinetics: {odd} has {len(odd)} columns, not 2, 7 or 8")
+    # Without the person's number, and, of a key frame without anybody, the box and action.
+    frames = key_frames(file, [[*row, *[""] * (7 - len(row)), "0"][:8] for row in rows], set())
     clips = finder.parts()
     found = []
     for (video, second), boxes in frames.items():
