@@ -126,7 +126,7 @@ def test_multi_block_masks_hide_blocks_and_leave_a_fixed_number():
         ({"data.frames": 4}, r"sees clips of \(8, 32, 32\) .* the student \(4, 32, 32\)"),
         ({"data.size": (16, 16)}, "use the clip size of the teacher"),
         ({"loss.kind": "huber"}, "loss.kind='huber' is unknown"),
-        ({"init_from": "x"}, "init_from is for finetuning and probes; the teacher is --config.teacher"),
+        ({"init_from": "x"}, "init_from=x is set, but only pretrain .* would read it"),
     ],
 )
 def test_settings_that_do_not_fit(shapes, teacher, changes, text):

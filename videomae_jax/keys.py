@@ -26,6 +26,7 @@ SELF_SUPERVISED = (*MASKED, *CONTRAST)
 NEIGHBOURS = SELF_SUPERVISED + PROBES
 CROPPED = CONTRAST + CLASSIFIERS
 MIRRORED = CROPPED + DETECTORS
+CONTINUED = (*PIXELS, *ADAPTED, *PROBES)  # from weights that there are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,10 @@ KEYS: dict[str, Key] = {
     "task": Key("pretrain", " | ".join(TASKS)),
     "seed": Key(0, "of initialisation, data order, augmentation, masks", "[0, 2147483647]"),
     "init_from": Key(
-        "", 'export, checkpoint or work folder whose backbone training starts from; "": none', is_free=True
+        "",
+        'export, checkpoint or work folder whose backbone training starts from; "": none',
+        read_by=CONTINUED,
+        is_free=True,
     ),
     "teacher": Key("", "weights of the frozen model that is learnt from", read_by=TAUGHT),
     "model.tubelet": Key((2, 16, 16), "voxels (t, p, p)", "[1, inf)"),

@@ -250,8 +250,6 @@ def make(config: Config, _train: Source | None, _weights: str) -> Contrast:
     """
     if config.data.stride < 1:
         raise UserError("data.stride=0 (one frame of each part) is for finetuning: use at least 1")
-    if config.init_from:
-        raise UserError("init_from is for finetuning and probes: contrast starts from nothing")
     if config.data.clips_per_video != 2:
         raise UserError("task=contrast compares two clips of each video: set --config.data.clips_per_video=2")
     if len(config.model.pixel_mean) != 3:

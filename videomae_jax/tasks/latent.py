@@ -162,8 +162,6 @@ def make(config: Config, train: Source | None, _weights: str) -> Latent:
     """
     if config.data.stride < 1:
         raise UserError("data.stride=0 (one frame of each part) is for finetuning: use at least 1")
-    if config.init_from:
-        raise UserError("init_from is for finetuning and probes; the teacher is --config.teacher")
     fields = backbone.fields(config)
     teacher: VideoMAEConfig = backbone.read_teacher(config, VideoMAEConfig)
     teacher = dataclasses.replace(teacher, decoder=None)
