@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from test_training_step import ROOT, TASK, batch_of
 
 import videomae_jax as vm
+from videomae_jax.interop import weights
 from videomae_jax.models import heads, masking, vit
 from videomae_jax.models.layout import WHOLE
 from videomae_jax.tasks import table
@@ -93,6 +94,21 @@ def test_weights_to_start_from(debug_config, tmp_path):
     assert taken("first").keys() == encoder
     assert taken("mean").keys() == encoder - norm
     assert taken("mae", mlp_dim=24).keys() == encoder
+
+
+def test_published_weights_go_on(debug_config, golden):
+    """A published checkpoint tells the heads of none of its blocks: the settings do."""
+    source = golden / "pretrain_checkpoint.pth"
+    model = weights.read(source, weights.Hints(heads_by_width={48: 3, 32: 2}))
+    debug_config.data.update(frames=16, size=(64, 64))
+    debug_config.model.tubelet = model.config.tubelet
+    debug_config.model.encoder.update(vars(model.config.encoder))
+    debug_config.model.decoder.update(vars(model.config.decoder))
+    debug_config.init_from = str(source)
+    theirs = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep="/")
+    found = task_of(debug_config).start(debug_config, [f"params/{name}" for name in theirs])
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(found[f"params/{name}"], value, err_msg=name)
 
 
 @pytest.mark.slow

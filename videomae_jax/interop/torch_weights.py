@@ -285,7 +285,7 @@ def infer(
     Args:
         num_heads, decoder_num_heads: None where they follow from a published width.
         fields: of the config, what tensors do not tell: clip_size, classes, epsilons, pixel statistics.
-        heads_by_width: of encoders, where they neither follow nor are given.
+        heads_by_width: of stacks that are so wide, where they neither follow nor are given.
 
     Raises:
         WeightsError: not a VideoMAE, or head counts that must be given.
@@ -328,7 +328,9 @@ def infer(
         decoder_width = tensors["encoder_to_decoder.weight"].shape[0]
         stack = "decoder.decoder_layers" if layout == "hf" else "decoder.blocks"
         sizes = _stack(tensors, stack, layout, decoder_width)
-        count = _heads("decoder_num_heads", decoder_num_heads, decoder_width, _DECODER_HEADS)
+        count = _heads(
+            "decoder_num_heads", decoder_num_heads, decoder_width, {**heads_by_width, **_DECODER_HEADS}
+        )
         decoder = vit.Stack(num_heads=count, **sizes)
     elif layout == "official":  # an encoder alone has no prefix
         renamed = {f"encoder.{name}": tensor for name, tensor in tensors.items()}

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from videomae_jax.interop import weights
 from videomae_jax.interop.export import ModelConfig
+from videomae_jax.models import vit
 from videomae_jax.models.detector import DetectorConfig
 from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.mae import VideoMAEConfig
@@ -54,8 +55,8 @@ def read(path: str | os.PathLike, config: ModelConfig, names: list[str]) -> Tran
         ExportError: `path` holds no model.
         TransferError: weights of another size or kind, naming what differs.
     """
-    encoder = config.encoder
-    model = weights.read(path, weights.Hints(heads_by_width={encoder.width: encoder.num_heads}))
+    stacks = [stack for stack in vars(config).values() if isinstance(stack, vit.Stack)]
+    model = weights.read(path, weights.Hints(heads_by_width={s.width: s.num_heads for s in stacks}))
     theirs = model.config
     differences = [
         f"{name}: {_plain(getattr(theirs, name))} there, {_plain(getattr(config, name))} here"

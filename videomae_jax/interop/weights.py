@@ -46,7 +46,7 @@ class Hints:
         clip_size: (T, H, W); published: (16, 224, 224).
         classes: names, in order; else they are numbers.
         stride: frames from one frame of a clip to the next; 0: one of each equal part.
-        heads_by_width: heads of an encoder that is so wide, where neither given nor published.
+        heads_by_width: heads of a stack that is so wide, where neither given nor published.
     """
 
     num_heads: int | None = None
