@@ -63,6 +63,8 @@ def get_config(arg: str | None = None):
     ):
         if getattr(arg, name) not in known:
             raise config.UserError(f"{name}={getattr(arg, name)} is unknown: use {' or '.join(known)}")
+    if arg.size == "tiny" and (arg.recipe, arg.start) != ("published", "pretrained"):
+        raise config.UserError("size=tiny has a recipe of its own: leave out recipe= and start=")
     c = config.defaults()
     c.task = "detect"
     c.data.path = arg.data

@@ -90,6 +90,7 @@ _FROM_K710 = (96, 1e-5, 3, 0.9, 0.25, 0.0, 0.1)  # giant, to k400 or k600; warm-
 # data: stride (0: one frame of each of 16 parts), segments of the test, whether clips are mirrored
 _DATA = {"k400": (4, 5, True), "ssv2": (0, 2, False), "ucf101": (4, 5, True), "hmdb51": (2, 10, True)}
 _KINETICS = ("k400", "k600", "k710")
+_RECIPES = ("v1", "v2")
 _PRESETS = ("published", "small_data")
 
 
@@ -98,6 +99,10 @@ def get_config(arg: str | None = None):
     arg = config.parse_arg(arg, size="base", data="k400", preset="published", recipe="v1", start="")
     if arg.preset not in _PRESETS:
         raise config.UserError(f"preset={arg.preset} is unknown: use {', '.join(_PRESETS)}")
+    if arg.recipe not in _RECIPES:
+        raise config.UserError(f"recipe={arg.recipe} is unknown: use {' or '.join(_RECIPES)}")
+    if arg.size == "tiny" and (arg.recipe, arg.start) != (_RECIPES[0], ""):
+        raise config.UserError("size=tiny has a recipe of its own: leave out recipe= and start=")
     c = config.defaults()
     c.task = "finetune"
     c.optim.update(betas=(0.9, 0.999), warmup=5)
@@ -110,10 +115,8 @@ def get_config(arg: str | None = None):
         raise config.UserError(f"size={arg.size} is unknown: use {', '.join(vit.SIZES)}")
     elif arg.recipe == "v2" or arg.size == "giant" or arg.start:
         _published_v2(c, arg.size, arg.data, arg.start)
-    elif arg.recipe == "v1":
-        _published(c, arg.size, arg.data)
     else:
-        raise config.UserError(f"recipe={arg.recipe} is unknown: use v1 or v2")
+        _published(c, arg.size, arg.data)
     if arg.preset == "small_data":
         c.optim.freeze_blocks = c.model.encoder.depth // 2
         c.optim.patience = 10

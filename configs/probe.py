@@ -15,10 +15,14 @@ from videomae_jax import config
 
 _STRIDES = {"k400": 4, "ssv2": 0, "ucf101": 4, "hmdb51": 2}
 
+_KINDS = ("linear", "attentive", "knn")
+
 
 def get_config(arg: str | None = None):
     """The settings; see the module's text."""
     arg = config.parse_arg(arg, kind="linear", size="base", data="k400")
+    if arg.kind not in _KINDS:
+        raise config.UserError(f"kind={arg.kind} is unknown: use {', '.join(_KINDS)}")
     c = config.defaults()
     c.task = "probe"
     c.probe.kind = arg.kind

@@ -8,16 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import task_of
+from conftest import load_config, task_of
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from test_training_step import ROOT, TASK, batch_of
 
 import videomae_jax as vm
-from videomae_jax.interop import weights
+from videomae_jax import config as settings
+from videomae_jax.interop import transfer, weights
 from videomae_jax.models import heads, masking, vit
 from videomae_jax.models.layout import WHOLE
 from videomae_jax.tasks import table
+from videomae_jax.training import compute
 
 DUAL = dataclasses.replace(TASK, decoder_mask="running_cell")
 BATCH = {name: jnp.asarray(value) for name, value in batch_of().items()}
@@ -125,3 +127,68 @@ def test_pretraining_goes_on_from_weights(debug_config, tmp_path):
         losses[name] = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
     assert losses["first"][-1] < 0.8 * losses["first"][0]
     assert abs(losses["second"][0] - losses["first"][-1]) < 0.5 * (losses["first"][0] - losses["first"][-1])
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_positions_go_on_from_the_table_that_was_trained(shapes, tmp_path, task):
+    """`interpolate` after weights of 32 pixels, and of 48 with either kind of table."""
+    c = load_config("debug", f"data={shapes},task={task}")
+    before = task_of(c).model
+    c.data.size = (48, 48)
+    here = dataclasses.replace(before, clip_size=(before.clip_size[0], 48, 48))
+    stages = {
+        "small": (before, before.grid),
+        "recomputed": (dataclasses.replace(here, position_grid=before.grid), None),
+        "interpolated": (
+            dataclasses.replace(here, position_grid=before.grid, position_resize="interpolate"),
+            before.grid,
+        ),
+    }
+    c.model.position_resize = "interpolate"
+    kind = vm.VideoMAE if task == "pretrain" else heads.VideoClassifier
+    for name, (config, expected) in stages.items():
+        vm.save(kind(config, rngs=nnx.Rngs(0)), tmp_path / name)
+        c.init_from = str(tmp_path / name)
+        model = table.make_task(compute.on_this_machine(settings.checked(c)), None, c.init_from).model
+        assert model.position_grid == expected
+        found = model.positions(here.grid, here.encoder.width)
+        is_trained = np.array_equal(found, config.positions(here.grid, here.encoder.width))
+        assert is_trained == (name != "small")
+
+
+def test_weights_that_fit_in_part(debug_config, golden, tmp_path):
+    """Layer scale has arrays of its own; heads of an unused decoder need not be known."""
+    task = task_of(debug_config)
+    scaled = dataclasses.replace(task.model, layer_scale=0.1)
+    for name, config in (("scaled", scaled), ("plain", task.model)):
+        vm.save(vm.VideoMAE(config, rngs=nnx.Rngs(0)), tmp_path / name)
+    with pytest.raises(
+        transfer.TransferError, match=r"no place for, the first is encoder/blocks/.*layer_scale"
+    ):
+        transfer.read(tmp_path / "scaled", task.model, names_of(vm.load(tmp_path / "plain")))
+    with pytest.raises(transfer.TransferError, match="lacks 2 arrays"):
+        transfer.read(tmp_path / "plain", scaled, names_of(vm.load(tmp_path / "scaled")))
+    hints = weights.Hints(num_heads=3, decoder_num_heads=2)
+    theirs = weights.read_config(golden / "pretrain_checkpoint.pth", hints)
+    other = dataclasses.replace(theirs, decoder=vit.Stack(16, 1, 2, 32))
+    names = names_of(vm.VideoMAE(other, rngs=nnx.Rngs(0)))
+    taken = transfer.read(golden / "pretrain_checkpoint.pth", other, names)
+    assert taken.fresh == sorted(name for name in names if name.startswith("decoder/"))
+
+
+def names_of(model):
+    return list(flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep="/"))
+
+
+def test_numbers_are_no_names_of_classes(debug_config, tmp_path):
+    model = task_of(debug_config).model
+    shared = {field.name: getattr(model, field.name) for field in dataclasses.fields(vit.BackboneConfig)}
+
+    def config(*classes):
+        return heads.ClassifierConfig(**shared, classes=classes)
+
+    made = heads.VideoClassifier(config("0", "1", "2"), rngs=nnx.Rngs(0))
+    vm.save(made, tmp_path / "made")
+    for classes, is_taken in ((("0", "1", "2"), True), (("2", "1"), True), (("0", "1"), False)):
+        taken = transfer.read(tmp_path / "made", config(*classes), names_of(made))
+        assert ("head/kernel" in taken.matched) == is_taken

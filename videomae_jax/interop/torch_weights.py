@@ -279,6 +279,7 @@ def infer(
     decoder_num_heads: int | None,
     fields: Mapping[str, Any],
     heads_by_width: Mapping[int, int],
+    needs_decoder: bool,
 ) -> tuple[PublishedConfig, str, dict[str, np.ndarray]]:
     """(config, layout, tensors under the table's names) of cleaned tensors.
 
@@ -286,6 +287,7 @@ def infer(
         num_heads, decoder_num_heads: None where they follow from a published width.
         fields: of the config, what tensors do not tell: clip_size, classes, epsilons, pixel statistics.
         heads_by_width: of stacks that are so wide, where they neither follow nor are given.
+        needs_decoder: else one whose heads are not known has one.
 
     Raises:
         WeightsError: not a VideoMAE, or head counts that must be given.
@@ -328,9 +330,10 @@ def infer(
         decoder_width = tensors["encoder_to_decoder.weight"].shape[0]
         stack = "decoder.decoder_layers" if layout == "hf" else "decoder.blocks"
         sizes = _stack(tensors, stack, layout, decoder_width)
-        count = _heads(
-            "decoder_num_heads", decoder_num_heads, decoder_width, {**heads_by_width, **_DECODER_HEADS}
-        )
+        known = {**heads_by_width, **_DECODER_HEADS}
+        if not needs_decoder:
+            known.setdefault(decoder_width, 1)
+        count = _heads("decoder_num_heads", decoder_num_heads, decoder_width, known)
         decoder = vit.Stack(num_heads=count, **sizes)
     elif layout == "official":  # an encoder alone has no prefix
         renamed = {f"encoder.{name}": tensor for name, tensor in tensors.items()}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,14 +50,16 @@ def read(path: str | os.PathLike, config: ModelConfig, names: list[str]) -> Tran
     detector, whose norm is of every token, takes any norm that there is. Pretraining takes a decoder of its
     own sizes that predicts as many numbers. The head is taken from a model of
     the same kind, and kind of head, that knows all the classes, by their names: so one of Kinetics-710 begins
-    on Kinetics-400, 600 or 700 with what it knows.
+    on Kinetics-400, 600 or 700 with what it knows. Classes that are numbers alone are the same if there are
+    as many.
 
     Raises:
         ExportError: `path` holds no model.
         TransferError: weights of another size or kind, naming what differs.
     """
     stacks = [stack for stack in vars(config).values() if isinstance(stack, vit.Stack)]
-    model = weights.read(path, weights.Hints(heads_by_width={s.width: s.num_heads for s in stacks}))
+    heads = {stack.width: stack.num_heads for stack in stacks}
+    model = weights.read(path, weights.Hints(heads_by_width=heads, needs_decoder=False))
     theirs = model.config
     differences = [
         f"{name}: {_plain(getattr(theirs, name))} there, {_plain(getattr(config, name))} here"
@@ -80,6 +83,7 @@ def read(path: str | os.PathLike, config: ModelConfig, names: list[str]) -> Tran
         isinstance(theirs, VideoMAEConfig)
         and isinstance(config, VideoMAEConfig)
         and (theirs.decoder, theirs.target_width) == (config.decoder, config.target_width)
+        and _below(found, "decoder/") == _below(names, "decoder/")  # layer scale in both or in neither
     )
     has_head = False
     if (
@@ -87,6 +91,8 @@ def read(path: str | os.PathLike, config: ModelConfig, names: list[str]) -> Tran
         and isinstance(theirs, type(config))
         and getattr(theirs, "head", "") == getattr(config, "head", "")
         and set(config.classes) <= set(theirs.classes)
+        # Numbers of another count of classes are other classes.
+        and (len(config.classes) == len(theirs.classes) or not _are_numbers(config.classes))
     ):
         has_head = True
         rows = [theirs.classes.index(name) for name in config.classes]
@@ -97,6 +103,12 @@ def read(path: str | os.PathLike, config: ModelConfig, names: list[str]) -> Tran
         for name in names
         if next(is_taken for part, is_taken in taken.items() if name.startswith(f"{part}/"))
     ]
+    extra = sorted(_below(found, "encoder/") - set(wanted) - {f"{there}/scale", f"{there}/bias"})
+    if extra:
+        raise TransferError(
+            f"{path} has {len(extra)} arrays in its backbone that the model has no place for, the first is "
+            f"{extra[0]}: model.layer_scale above 0 has gammas"
+        )
     absent = sorted(set(wanted) - set(found))
     if absent:
         raise TransferError(f"{path} lacks {len(absent)} arrays of the model, the first is {absent[0]}")
@@ -111,6 +123,15 @@ def read(path: str | os.PathLike, config: ModelConfig, names: list[str]) -> Tran
 def _norm(config: ModelConfig) -> str:
     """The final norm's name."""
     return "encoder/norm" if isinstance(config, VideoMAEConfig) else "norm"
+
+
+def _below(names: Iterable[str], start: str) -> set[str]:
+    return {name for name in names if name.startswith(start)}
+
+
+def _are_numbers(classes: Sequence[str]) -> bool:
+    """Whether classes are called 0, 1, ...: lists and files that name none."""
+    return list(classes) == [str(i) for i in range(len(classes))]
 
 
 def _pooling(config: ModelConfig) -> str:

@@ -47,6 +47,7 @@ class Hints:
         classes: names, in order; else they are numbers.
         stride: frames from one frame of a clip to the next; 0: one of each equal part.
         heads_by_width: heads of a stack that is so wide, where neither given nor published.
+        needs_decoder: else a decoder whose heads are not told is read with one.
     """
 
     num_heads: int | None = None
@@ -55,6 +56,7 @@ class Hints:
     classes: tuple[str, ...] | None = None
     stride: int | None = None
     heads_by_width: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    needs_decoder: bool = True
 
 
 def load(
@@ -290,7 +292,7 @@ def _open(path: pathlib.Path, hints: Hints) -> tuple[PublishedConfig, str, dict[
         "classes": hints.classes,
     }
     heads = (hints.num_heads, hints.decoder_num_heads)
-    others = hints.heads_by_width
+    others = hints.heads_by_width, hints.needs_decoder
     if path.is_file():
         tensors = _read_file(path)
     else:
@@ -301,7 +303,7 @@ def _open(path: pathlib.Path, hints: Hints) -> tuple[PublishedConfig, str, dict[
         heads = tuple(hint or own for hint, own in zip(heads, of_folder, strict=True))
     try:
         cleaned = torch_weights.clean(tensors)
-        return torch_weights.infer(cleaned, heads[0], heads[1], fields, others)
+        return torch_weights.infer(cleaned, heads[0], heads[1], fields, *others)
     except ValueError as error:  # also what the config of a model refuses
         raise WeightsError(f"{path}: {error}") from None
 

@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 
 from videomae_jax.config import Config, UserError
 from videomae_jax.interop import export, transfer, weights
-from videomae_jax.models import vit
+from videomae_jax.models import tubelets, vit
 from videomae_jax.models.mae import VideoMAEConfig
 from videomae_jax.training import report
 
@@ -24,7 +24,23 @@ def fields(config: Config) -> dict[str, Any]:
 def hints(config: Config) -> weights.Hints:
     """What the settings tell of weights whose files do not."""
     encoder = config.model.encoder
-    return weights.Hints(heads_by_width={encoder.width: encoder.num_heads})
+    return weights.Hints(heads_by_width={encoder.width: encoder.num_heads}, needs_decoder=False)
+
+
+def kept(config: Config, path: str) -> dict[str, Any]:
+    """The fields of a model that stay with the backbone in `path`; "": none.
+
+    What its position table is interpolated from is the grid of the table that it was trained with.
+
+    Raises:
+        UserError, ValueError: no weights, or sizes that do not fit together.
+    """
+    if not path:
+        return {}
+    made = weights.read_config(path, hints(config))
+    grid = made.grid if made.position_resize == "recompute" else made.position_grid or made.grid
+    own = tubelets.grid_of((config.data.frames, *config.data.size), config.model.tubelet)
+    return {"position_grid": None if grid == own else grid, "norm_epsilon": made.norm_epsilon}
 
 
 def read_teacher(config: Config, kind: type) -> Any:

@@ -17,7 +17,7 @@ from videomae_jax.config import Config, UserError
 from videomae_jax.data import pipeline, randaugment, sources
 from videomae_jax.data.sources import Source
 from videomae_jax.evaluation import classification
-from videomae_jax.interop import export, weights
+from videomae_jax.interop import export
 from videomae_jax.models import functional, heads, tubelets
 from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
 from videomae_jax.models.layout import Layout
@@ -299,7 +299,6 @@ def fields(config: Config, train: Source | None, path: str) -> dict[str, Any]:
         UserError, ValueError: sizes and settings that do not fit together.
     """
     head, augment, loss = config.head, config.augment, config.loss
-    made = weights.read_config(path, backbone.hints(config)) if path else None
     model = ClassifierConfig.from_dict(
         backbone.fields(config)
         | {
@@ -309,15 +308,8 @@ def fields(config: Config, train: Source | None, path: str) -> dict[str, Any]:
             "head_dropout": head.dropout,
             "head_scale": head.scale,
         }
-        # What a backbone was made with stays with it.
-        | (
-            {"position_grid": made.position_grid or made.grid, "norm_epsilon": made.norm_epsilon}
-            if made
-            else {}
-        )
+        | backbone.kept(config, path)
     )
-    if model.position_grid == model.grid:
-        model = dataclasses.replace(model, position_grid=None)
     if config.optim.freeze_blocks > model.encoder.depth:
         raise UserError(
             f"optim.freeze_blocks={config.optim.freeze_blocks} of {model.encoder.depth} blocks: lower it"

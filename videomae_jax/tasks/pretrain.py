@@ -209,7 +209,7 @@ class Pretrain(Task[VideoMAEConfig]):
         return reconstruct.reconstruct(model, clips, ids, visible, hidden, *how), ids, bad
 
 
-def make(config: Config, train: Source | None, _weights: str) -> Pretrain:
+def make(config: Config, train: Source | None, path: str) -> Pretrain:
     """The task that the settings name; see `task.Make`.
 
     Raises:
@@ -218,7 +218,11 @@ def make(config: Config, train: Source | None, _weights: str) -> Pretrain:
     if config.data.stride < 1:
         raise UserError("data.stride=0 (one frame of each part) is for finetuning: use at least 1")
     task = Pretrain(
-        model=VideoMAEConfig.from_dict(backbone.fields(config) | {"decoder": config.model.decoder.to_dict()}),
+        model=VideoMAEConfig.from_dict(
+            backbone.fields(config)
+            | {"decoder": config.model.decoder.to_dict()}
+            | backbone.kept(config, path)
+        ),
         mask=config.mask.kind,
         mask_ratio=config.mask.ratio,
         normalize_target=config.loss.normalize_target,
