@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -182,6 +184,17 @@ def test_torchvision_gives_people_in_parts_of_the_frame(monkeypatch):
     np.testing.assert_allclose(scores, [0.9])
     assert seen[0].shape == (3, 32, 64)
     assert seen[0].max() == 1.0
+
+
+@pytest.mark.parametrize("size", [(16, 16), (48, 48), (32, 48), (480, 60), (600, 63)])
+def test_opencv_looks_at_images_that_are_smaller_than_its_window(size):
+    """Where it would read beyond them: in a process of its own, as it crashed."""
+    code = (
+        "import numpy as np; from videomae_jax.apps import people; "
+        f"print(people.opencv()(np.zeros(({size[0]}, {size[1]}, 3), np.uint8))[1].size)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
 
 
 def test_opencv_finds_nobody_in_noise_and_answers_in_parts(rng):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import pathlib
 import pickle
+import shutil
 
 import clips
 import numpy as np
@@ -359,6 +361,39 @@ def test_the_key_frame_is_the_same_one_in_prepared_data(tmp_path, rate):
             made = detection_clips.KeyView(1, 1, (32, 48), 1, 2).map((0, source[place]))
             shown.append(made["video"].astype(int).mean())
         assert abs(shown[0] - shown[1]) < 7, place
+
+
+def test_a_detected_box_that_stands_there_twice_is_one(tmp_path):
+    """SlowFast's lists name it once for each of its actions."""
+    source = scenes.open_scenes(own(tmp_path), "train")
+    file = tmp_path / "found.csv"
+    file.write_text(
+        "a,1.5,0.1,0.1,0.5,0.5,1,0.85\na,1.5,0.1,0.1,0.5,0.5,2,0.9\na,1.5,0.2,0.1,0.5,0.5,1,0.95\n"
+    )
+    (scene,) = scenes.detected(source, str(file), 0.8).scenes
+    np.testing.assert_allclose(scene.scores, [0.9, 0.95], rtol=1e-6)
+
+
+def test_two_videos_of_one_name_are_told_apart(tmp_path):
+    folder = own(tmp_path)
+    videos = pathlib.Path(folder) / "videos"
+    (name,) = [file.name for file in videos.iterdir()]
+    shutil.copy(videos / name, videos / "a.mkv")
+    with pytest.raises(
+        SourceError, match=rf"train.csv line 1: .* has a.mkv and {name}: name a with its suffix"
+    ):
+        scenes.open_scenes(folder, "train")
+    (pathlib.Path(folder) / "train.csv").write_text("a.mkv,1.5,0.1,0.1,0.5,0.5,1\n")
+    assert scenes.open_scenes(folder, "train").files == (("a.mkv", str(videos / "a.mkv")),)
+
+
+def test_own_sizes_of_a_list_of_detections_come_first(tmp_path):
+    file = detections(tmp_path, ".json")  # beside ava_val_v2.2_min.json, of other images with these numbers
+    images = [{"id": 7, "movie": "own", "timestamp": "3", "width": 100, "height": 200}]
+    boxes_there = [{"image_id": 7, "bbox": [25, 50, 25, 50], "score": 0.9}]
+    pathlib.Path(file).write_text(json.dumps({"images": images, "annotations": boxes_there}))
+    (row,) = boxes.read_detections(file)
+    assert (row.frame, row.corners) == (("own", 3000), (0.25, 0.25, 0.5, 0.5))
 
 
 def test_lists_as_spreadsheets_write_them(tmp_path):

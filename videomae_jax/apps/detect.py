@@ -206,10 +206,11 @@ def _listed(file: str, path: str) -> dict[float, tuple[np.ndarray, np.ndarray]]:
             + (f", the first is of {rows[0].video}" if rows else "")
         )
     found: dict[float, dict[tuple, float]] = {}
+    are_scores = any(row.extra % 1 for row in ours)  # else persons' numbers
     for row in ours:
         scenes.check_box(file, row)
         assert row.corners
-        sure = row.extra if 0 <= row.extra <= 1 else 1.0  # else a person's number
+        sure = row.extra if are_scores and 0 <= row.extra <= 1 else 1.0
         found.setdefault(row.time, {})[row.corners] = sure
     return {
         time: (np.array(list(each), np.float32), np.array(list(each.values()), np.float32))

@@ -98,7 +98,7 @@ def run(paths: Sequence[str], checkpoint: str, out: str, options: Options) -> di
     embed = _embedder(model, options)
     parts = storage.scratch(target.with_name(target.name + ".parts"))
     with Lock(target.with_name(target.name + ".lock")):
-        _claim(parts, json.dumps([_identity(model), stride, step, options.per_token]))
+        _claim(parts, json.dumps([identity(model), stride, step, options.per_token]))
         done: dict[str, pathlib.Path] = {}
         failed = {}
         for video in tqdm.tqdm(named, unit="video", disable=None):
@@ -128,7 +128,7 @@ def run(paths: Sequence[str], checkpoint: str, out: str, options: Options) -> di
     return summary
 
 
-def _identity(model: Any) -> str:
+def identity(model: Any) -> str:
     """A hash of a model's parameters and of how they are used."""
     digest = hashlib.sha256(repr(model.config).encode())
     for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param))):
@@ -238,11 +238,11 @@ def _write_parquet(parts: dict[str, pathlib.Path], path: pathlib.Path) -> None:
             with np.load(part) as rows:
                 values, start, end = rows["features"], rows["start"], rows["end"]
             width = math.prod(values.shape[1:])
-            offsets = pyarrow.array(np.arange(len(values) + 1, dtype=np.int32) * width)
+            offsets = pyarrow.array(np.arange(len(values) + 1) * width)
             flat = pyarrow.array(values.astype(np.float32).reshape(-1))
             table = {
                 **{"id": pyarrow.array([name] * len(values)), "start": start, "end": end},
-                "features": pyarrow.ListArray.from_arrays(offsets, flat),
+                "features": pyarrow.LargeListArray.from_arrays(offsets, flat),
             }
             shape = {"shape": json.dumps(values.shape[1:])}
             table = pyarrow.table(table).replace_schema_metadata(shape)

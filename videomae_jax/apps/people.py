@@ -18,6 +18,9 @@ _CHOSEN = 1000  # boxes at most of models that choose by themselves
 _OVERLAP = 0.5  # of two boxes that are one person's
 
 
+_WINDOW = (64, 128)  # width and height of what OpenCV's detector looks at
+
+
 def whole(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The frame as one box."""
     return np.array([[0.0, 0.0, 1.0, 1.0]], np.float32), np.ones(1, np.float32)
@@ -41,14 +44,21 @@ def opencv() -> Find:
         height, width = frame.shape[:2]
         scale = min(max(480 / height, 1.0), 2.0)
         size = (round(width * scale), round(height * scale))
-        found, sure = finder.detectMultiScale(cv2.resize(frame, size), winStride=(8, 8), scale=1.05)
+        # OpenCV reads beyond an image that is smaller than the detector's window, and crashes.
+        lack = [max(side - have, 0) for side, have in zip(_WINDOW, size, strict=True)]
+        padded = cv2.copyMakeBorder(
+            cv2.resize(frame, size), 0, lack[1], 0, lack[0], cv2.BORDER_CONSTANT, value=(127, 127, 127)
+        )
+        found, sure = finder.detectMultiScale(padded, winStride=(8, 8), scale=1.05)
         corners = np.array(found, np.float32).reshape(-1, 4)
         corners[:, 2:] += corners[:, :2]
         # Its boxes have a wide margin around the person.
         wide, high = (corners[:, 2:] - corners[:, :2]).T
         corners += np.stack([0.15 * wide, 0.07 * high, -0.15 * wide, -0.07 * high], axis=1)
         corners = np.clip(corners / np.array([*size, *size], np.float32), 0, 1)
-        return best(corners, 1 / (1 + np.exp(-np.array(sure, np.float32).reshape(-1))))
+        sure = 1 / (1 + np.exp(-np.array(sure, np.float32).reshape(-1)))
+        inside = (corners[:, 2:] > corners[:, :2]).all(1)
+        return best(corners[inside], sure[inside])
 
     return find
 

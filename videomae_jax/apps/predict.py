@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from videomae_jax import storage
-from videomae_jax.apps import videos
+from videomae_jax.apps import embed, videos
 from videomae_jax.config import UserError
 from videomae_jax.data import pipeline
 from videomae_jax.evaluation import classification
@@ -77,8 +77,7 @@ def run(
     with Lock(target.with_name(target.name + ".lock")):
         partial = storage.scratch(target.with_name(target.name + ".partial"))
         about = [
-            str(storage.at(checkpoint)),
-            str(model.config),
+            embed.identity(model),
             stride,
             options.top,
             options.segments,

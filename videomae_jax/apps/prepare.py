@@ -67,7 +67,7 @@ def run(source: str, folder: str, options: Options) -> None:
         manifest = prepare.run(job, processes, part, **how)
     if options.dataset == "boxes":
         for file in epath.Path(source).iterdir():
-            if re.fullmatch(r"(excluded|detected)_\w+\.(csv|json|pkl)|scored\.csv", file.name):
+            if re.fullmatch(r"(excluded|detected)_\w+\.(csv|json|pkl)|scored\.csv|.*min\.json", file.name):
                 storage.at(folder).joinpath(file.name).write_bytes(file.read_bytes())
     if manifest is None:
         print(f"part {options.part} of {folder} is written; --finish ends the work when all parts are")

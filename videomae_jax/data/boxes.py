@@ -120,8 +120,9 @@ def read_detections(path: str) -> list[Row]:
 
 def _of_alphaction(file: epath.Path) -> Iterator[Row]:
     found = json.loads(file.read_text())
-    others = [found] if isinstance(found, dict) else []
-    others += [json.loads(other.read_text()) for other in sorted(file.parent.glob("*min.json"))]
+    others = [found] if isinstance(found, dict) and found.get("images") else []
+    if not others:
+        others = [json.loads(other.read_text()) for other in sorted(file.parent.glob("*min.json"))]
     images = {
         image["id"]: image for other in others if isinstance(other, dict) for image in other.get("images", ())
     }

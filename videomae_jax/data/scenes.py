@@ -109,6 +109,13 @@ class SceneSource(Source):
     def _rates(self) -> dict[str, float]:
         return {row["id"]: float(row["fps"]) for row in prepared.read_rows(self.root)}
 
+    def beyond(self, frames: int) -> int:
+        """Of how many key frames the stored seconds have fewer frames than a clip that spans so many."""
+        if self.stored is None:
+            return 0
+        rates = (self._rates[self.stored.ids[place]] for place in self.places)
+        return sum(bool(rate) and frames / rate > CLIP_SECONDS for rate in rates)
+
     def select(self, indices) -> "SceneSource":
         """The key frames at `indices`, in that order."""
         chosen = super().select(indices)
@@ -277,19 +284,24 @@ def detected_file(path: str, part: str) -> str:
 def detected(source: SceneSource, file: str, threshold: float) -> SceneSource:
     """The same videos with the boxes that a detector found, those of `threshold` or more.
 
-    Key frames without any are left out; their truth still counts.
+    Key frames without any are left out; their truth still counts. A box that stands there for several
+    actions is one, of its best score.
 
     Raises:
         SourceError: a file of other videos, or without a box of that score.
     """
-    found: dict[tuple[str, int], list[Row]] = collections.defaultdict(list)
+    found: dict[tuple[str, int], dict[tuple, float]] = collections.defaultdict(dict)
     known = {name.rpartition(",")[0] for name in source.ids}
     place_of = {name: i for i, name in enumerate(source.stored.ids)} if source.stored is not None else {}
     rows = [row for row in boxes.read_detections(file) if row.corners]
+    lacking = 0
     for row in rows:
-        is_stored = source.stored is None or record_id(row.frame) in place_of
-        if row.extra >= threshold and row.video in known and is_stored and (inside := boxes.inside(row)):
-            found[row.frame].append(inside)
+        if row.extra >= threshold and row.video in known and (inside := boxes.inside(row)):
+            if source.stored is not None and record_id(row.frame) not in place_of:
+                lacking += 1
+                continue
+            of_frame = found[row.frame]
+            of_frame[inside.corners] = max(row.extra, of_frame.get(inside.corners, 0.0))
     if not found:
         best = max((row.extra for row in rows), default=None)
         why = "no box in it" if best is None else f"none of score {threshold:g} or more of these videos"
@@ -301,15 +313,22 @@ def detected(source: SceneSource, file: str, threshold: float) -> SceneSource:
     scenes = tuple(
         Scene(
             frame[1] / 1000,
-            np.array([row.corners for row in found[frame]], np.float32),
+            np.array(list(found[frame]), np.float32),
             ((),) * len(found[frame]),
-            np.array([row.extra for row in found[frame]], np.float32),
+            np.array(list(found[frame].values()), np.float32),
         )
         for frame in kept
     )
     places = tuple(place_of[record_id(frame)] for frame in kept) if source.stored is not None else ()
     ids = tuple(map(id_of, kept))
-    return dataclasses.replace(source, ids=ids, labels=(-1,) * len(ids), scenes=scenes, places=places)
+    notes = source.notes
+    if lacking:
+        notes += (
+            f"{file}: {lacking} boxes are of key frames that are not among the prepared ones: left out",
+        )
+    return dataclasses.replace(
+        source, ids=ids, labels=(-1,) * len(ids), scenes=scenes, places=places, notes=notes
+    )
 
 
 def hold_out(source: SceneSource) -> tuple[SceneSource, SceneSource]:
@@ -346,12 +365,18 @@ def _class_list(folder: epath.Path) -> epath.Path | None:
 def _find_videos(folder: epath.Path, file: str, rows: list[Row]) -> dict[str, str]:
     """The file of each video that rows name, in FOLDER/videos, or one of its folders."""
     root = folder / "videos"
-    there = {}
+    there: dict[str, list[str]] = collections.defaultdict(list)
     for video in sources.videos_below(root) if root.is_dir() else ():
-        there[video] = there[os.path.splitext(video)[0]] = str(root / video)
+        for name in {video, os.path.splitext(video)[0]}:
+            there[name].append(video)
     found = {}
     for row in rows:
-        if row.video not in there:
+        files = there.get(row.video, [])
+        if not files:
             raise SourceError(f"{file} line {row.line}: there is no video {row.video} in {root}")
-        found[row.video] = there[row.video]
+        if len(files) > 1 and row.video not in files:
+            raise SourceError(
+                f"{file} line {row.line}: {root} has {' and '.join(files)}: name {row.video} with its suffix"
+            )
+        found[row.video] = str(root / (row.video if row.video in files else files[0]))
     return found

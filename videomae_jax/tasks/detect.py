@@ -250,7 +250,14 @@ def open_videos(config: Config) -> Splits:
         train, validation = scenes.hold_out(train)
         report.say(f"{path} has no validation.csv: {len(validation)} key frames of training videos validate")
     test = scenes.open_scenes(path, "test") if scenes.has_part(path, "test") else validation
+    span = config.data.frames * config.data.stride
     for source in (train, validation, test):
+        if short := source.beyond(span):
+            report.say(
+                f"{path}: of {short} key frames of {len(source)} the {scenes.CLIP_SECONDS:g} seconds "
+                f"stored have fewer frames than the {span} that a clip spans, and the outermost is repeated: "
+                f"the videos themselves, unprepared, have all"
+            )
         for note in source.notes:
             report.say(note)
     for part in {"validation", tested_part(test)}:  # before any work
@@ -271,11 +278,7 @@ def make(config: Config, train: Source | None, path: str) -> Detect:
     Raises:
         UserError, ValueError: sizes and settings that do not fit together.
     """
-    made = weights.read_config(path, backbone.hints(config)) if path else None
     detect = config.detect
-    kept = {}  # what a backbone was made with stays with it
-    if made:
-        kept = {"position_grid": made.position_grid or made.grid, "norm_epsilon": made.norm_epsilon}
     model = DetectorConfig.from_dict(
         backbone.fields(config)
         | {
@@ -284,10 +287,8 @@ def make(config: Config, train: Source | None, path: str) -> Detect:
             "aligned": detect.aligned,
             "head_scale": config.head.scale,
         }
-        | kept
+        | backbone.kept(config, path)
     )
-    if model.position_grid == model.grid:
-        model = dataclasses.replace(model, position_grid=None)
     low, high = detect.short
     if not max(config.data.size) <= low <= high:
         raise UserError(

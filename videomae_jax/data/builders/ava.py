@@ -93,7 +93,11 @@ def key_frames(
 
 
 def key_frame(movie: str, second: float, boxes: Boxes) -> Entry:
-    """A record of `CLIP_SECONDS` around a key frame; its id is MOVIE/SECOND, its file still unknown."""
+    """A record of `CLIP_SECONDS` around a key frame; its id is MOVIE/SECOND, its file still unknown.
+
+    Seconds count in milliseconds, as `boxes.Row.frame` has them.
+    """
+    second = round(second, 3)
     extra = {
         "timestamp": second,
         "boxes": [list(key[:4]) for key in boxes],

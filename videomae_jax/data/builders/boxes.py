@@ -12,7 +12,7 @@ from videomae_jax.data.sources import SourceError
 
 
 def boxes(folder: epath.Path, _videos: epath.Path) -> Collection:
-    """One record per key frame that has a box, with the id VIDEO/SECOND; label -1.
+    """One record per key frame that has a box, or a detector's, with the id VIDEO/SECOND; label -1.
 
     Raises:
         SourceError: as `scenes.open_scenes`.
@@ -36,6 +36,10 @@ def _entries(path: str, part: str) -> list[Entry]:
         if row.corners:
             marks = frames.setdefault(row.frame, {}).setdefault((*row.corners, row.extra), [0] * len(numbers))
             marks[numbers.index(row.action)] = 1
+    detected = scenes.detected_file(path, part)
+    for row in files.read_detections(detected) if detected else ():
+        if row.video in places:  # what is found where nobody is counts in a test
+            frames.setdefault(row.frame, {})
     return [
         dataclasses.replace(key_frame(frame[0], frame[1] / 1000, frames[frame]), path=places[frame[0]])
         for frame in sorted(frames)
