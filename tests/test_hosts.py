@@ -1,5 +1,6 @@
 """Several processes, one run: real ones on this machine, talking through `jax.distributed`."""
 
+import itertools
 import json
 import os
 import signal
@@ -303,6 +304,45 @@ def test_two_runs_in_one_folder(tmp_path, debug_config):
     assert (work / ".lock").exists()
     assert table.train(debug_config, work, time.time())["step"] == 2
     assert not (work / ".lock").exists()
+
+
+def test_a_stale_lock_is_taken_over_once(tmp_path, monkeypatch):
+    """Of two processes that find it stale the slower one does not remove the lock of the faster."""
+    path = tmp_path / ".lock"
+    path.write_text("{")
+    os.utime(path, (time.time() - 1000,) * 2)
+    slow, found = hosts.Lock(path), hosts.Lock._set_aside
+
+    def while_another_begins(self):
+        monkeypatch.setattr(hosts.Lock, "_set_aside", found)
+        fast.__enter__()
+        found(self)
+
+    monkeypatch.setattr(hosts.Lock, "_set_aside", while_another_begins)
+    fast = hosts.Lock(path)
+    with pytest.raises(UserError, match="another process has just begun"):
+        slow.__enter__()
+    assert path.read_text() == fast._text
+    fast.__exit__()
+    assert not path.exists()
+
+
+def test_hosts_stop_together_also_in_a_resumed_run(monkeypatch):
+    """JAX waits for the number after the largest one that it was asked; before the first that is 1."""
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+    asked: list[int] = []
+
+    def reached(number: int) -> bool:
+        asked.append(number)
+        return False
+
+    monkeypatch.setattr(hosts.multihost_utils, "reached_preemption_sync_point", reached)
+    monkeypatch.setattr(hosts.Interrupt, "_asked", itertools.count(1))
+    for _session in range(2):
+        with hosts.Interrupt() as interrupt:
+            for _step in range(2):
+                interrupt.is_due()
+    assert asked == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

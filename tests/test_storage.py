@@ -211,6 +211,20 @@ def test_growing_files_are_copied_at_a_bounded_rate(bucket, monkeypatch):
     assert (place / "log.jsonl").read_text().splitlines()[-2:] == ["149", "more"]
 
 
+def test_of_several_hosts_one_copies(bucket):
+    """The others have what the store had, and would put it back."""
+    place = epath.Path("gs://bucket/hosts")
+    place.mkdir()
+    (place / "log.jsonl").write_text("old\n")
+    names = ("log.jsonl",)
+    with storage.Growing(place, names) as ours, storage.Growing(place, names, is_writer=False) as theirs:
+        with (ours.folder / "log.jsonl").open("a") as log:
+            log.write("new\n")
+        ours.push(now=True)
+        theirs.push(now=True)
+    assert (place / "log.jsonl").read_text() == "old\nnew\n"
+
+
 def test_a_lock_in_a_store(bucket, monkeypatch):
     monkeypatch.setattr(hosts.Lock, "_SETTLED", 0.0)
     path = epath.Path("gs://bucket/locked/.lock")

@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -170,6 +171,9 @@ class Interrupt:
     """
 
     _is_set = False
+    # JAX compares for equality with one above the largest number so far, which is 0 before the first: steps
+    # of a resumed run would pass over it. All hosts ask as often.
+    _asked = itertools.count(1)
 
     def __enter__(self) -> "Interrupt":
         # With several hosts JAX's own handler tells the others.
@@ -182,9 +186,11 @@ class Interrupt:
         self._is_set = True
         signal.signal(signal.SIGTERM, self._before)  # a second one ends the process at once
 
-    def is_due(self, step: int) -> bool:
+    def is_due(self) -> bool:
         """Whether to stop after this step; asked once a step, by all hosts."""
-        return self._is_set if self._is_alone else multihost_utils.reached_preemption_sync_point(step)
+        if self._is_alone:
+            return self._is_set
+        return multihost_utils.reached_preemption_sync_point(next(self._asked))
 
     def __exit__(self, *_exception: object) -> None:
         if self._is_alone:
@@ -225,7 +231,7 @@ class Lock:
                     f"process {other.get('pid')} on {other.get('host')} works with {self.path.parent} since "
                     f"{other.get('since')}: wait for it, end it, or use another place (lock {self.path})"
                 )
-            self.path.unlink(missing_ok=True)
+            self._set_aside()
             if not self._take():
                 raise UserError(f"another process has just begun with {self.path.parent}: wait for it")
         threading.Thread(target=self._touch, daemon=True).start()
@@ -250,7 +256,8 @@ class Lock:
     def _other(self) -> dict[str, Any] | None:
         """Who holds the file, if that process is still there."""
         try:
-            other = json.loads(self.path.read_text())
+            self._judged = self.path.read_text()
+            other = json.loads(self._judged)
             age = self._now() - storage.modified(self.path)
         except FileNotFoundError:
             return None
@@ -259,6 +266,19 @@ class Lock:
         if other.get("host") == socket.gethostname():
             return other if other.get("started") == _started(other["pid"]) else None
         return other if age < self._STALE else None
+
+    def _set_aside(self) -> None:
+        """Removes the lock that was found stale, and none that another process has taken since."""
+        if storage.is_remote(self.path):
+            self.path.unlink(missing_ok=True)
+            return
+        aside = self.path.with_name(f".{self.path.name}.{socket.gethostname()}-{os.getpid()}")
+        with contextlib.suppress(FileNotFoundError):
+            self.path.rename(aside)  # one process alone gets it
+            if aside.read_text() == self._judged:
+                aside.unlink()
+            else:
+                aside.rename(self.path)
 
     def _now(self) -> float:
         """The time of the file system, which may be another host's."""

@@ -111,6 +111,10 @@ def trouble(folder: Place) -> str:
     return ""
 
 
+def _state(file: pathlib.Path) -> tuple[int, int]:
+    return file.stat().st_size, file.stat().st_mtime_ns
+
+
 class Growing:
     """Files that grow line by line in a work folder.
 
@@ -123,12 +127,13 @@ class Growing:
 
     Args:
         names: of the files that go on where they were.
+        is_writer: whether this process copies; of several hosts one does.
     """
 
     EVERY = 60.0
 
-    def __init__(self, place: Place, names: Sequence[str]):
-        self.place, self._names = place, names
+    def __init__(self, place: Place, names: Sequence[str], is_writer: bool = True):
+        self.place, self._names, self._is_writer = place, names, is_writer
         self._local: tempfile.TemporaryDirectory | None = None
         self._copied: dict[pathlib.Path, tuple[int, int]] = {}
         self._last = -self.EVERY
@@ -143,14 +148,19 @@ class Growing:
         for name in self._names:
             if (self.place / name).exists():
                 (self.folder / name).write_bytes((self.place / name).read_bytes())
+                self._copied[self.folder / name] = _state(self.folder / name)
         return self
 
     def push(self, now: bool = False) -> None:
         """Copies what has changed, if it is time to, or `now`."""
-        if self._local is None or not (now or time.monotonic() - self._last >= self.EVERY):
+        if (
+            self._local is None
+            or not self._is_writer
+            or not (now or time.monotonic() - self._last >= self.EVERY)
+        ):
             return
         for file in (path for path in sorted(self.folder.rglob("*")) if path.is_file()):
-            state = (file.stat().st_size, file.stat().st_mtime_ns)
+            state = _state(file)
             if self._copied.get(file) != state:
                 target = self.place / file.relative_to(self.folder).as_posix()
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -162,7 +162,7 @@ class Tester:
         host, processes = jax.process_index(), jax.process_count()
         dataset = pipeline.once(source, view, self.batch, host=host, hosts=processes)
         host_bytes = self.batch // processes * view.frames * size[0] * size[1] * 3
-        loader = feed.loader_size(self.config, host_bytes)
+        loader = feed.loader_size(self.config, host_bytes, "evaluate.batch_videos")
         ahead = feed.prefetch(
             dataset,
             source,

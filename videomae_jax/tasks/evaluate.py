@@ -67,6 +67,11 @@ def run(
     mesh = compute.make_mesh(config)
     if trouble := storage.trouble(storage.at(workdir)):
         raise UserError(f"{trouble}: choose another --workdir")
+    if made.position_resize == "interpolate" != task.model.position_resize:
+        report.say(
+            f"warning: {path} was trained with an interpolated position table and is tested with a "
+            f"recomputed one: --config.model.position_resize=interpolate tests it as it was trained"
+        )
     trained = weights.read_recipe(path, hints).get("stride", config.data.stride)
     if trained != config.data.stride:
         report.say(

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import pathlib
 from typing import Any
 
 import jax
@@ -118,4 +119,14 @@ def extract(
                 report.say(f"features of {folder.name}: {len(done['records'])} of {len(source)} videos")
     records = np.asarray(done["records"], np.int64)
     assert values is not None
-    return Features(values if len(records) == len(source) else values[records], records, done["failed"])
+    if len(records) < len(source):
+        values = _rows(values, records, folder / "kept.npy")
+    return Features(values, records, done["failed"])
+
+
+def _rows(values: np.ndarray, rows: np.ndarray, path: pathlib.Path) -> np.ndarray:
+    """Some rows of an array on disk as another one there: they may be more than memory holds."""
+    kept = np.lib.format.open_memmap(path, "w+", values.dtype, (len(rows), *values.shape[1:]))
+    for start in range(0, len(rows), 256):
+        kept[start : start + 256] = values[rows[start : start + 256]]
+    return kept

@@ -24,8 +24,11 @@ class TrainingError(Exception):
     """Training cannot go on, and not because of a setting; exit status 1."""
 
 
-def loader_size(config: Config, host_batch_bytes: int) -> pipeline.LoaderSize:
+def loader_size(config: Config, host_batch_bytes: int, batch: str = "data.batch_size") -> pipeline.LoaderSize:
     """How many processes and threads the settings, this machine and batches of so many bytes give.
+
+    Args:
+        batch: the setting that the batches follow from.
 
     Raises:
         UserError: the batches do not fit `data.loader_gib`.
@@ -39,7 +42,7 @@ def loader_size(config: Config, host_batch_bytes: int) -> pipeline.LoaderSize:
     if size.bytes > limit:
         raise UserError(
             f"the loader would take {size}, and may hold {limit / 2**30:.1f} GiB: lower data.workers, "
-            f"data.threads or data.batch_size, or raise --config.data.loader_gib"
+            f"data.threads or {batch}, or raise --config.data.loader_gib"
         )
     return size
 

@@ -142,7 +142,8 @@ def batch_shapes(task: Task, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]
     """The batch that the loader makes, from what it makes of a video that cannot be read."""
     transform: Any = task.clip_transform
     element = (0, Record(video="", name="", label=0, record=0, error="only planned"))
-    made = transform.random_map(element, np.random.default_rng(0))
+    is_random = hasattr(transform, "random_map")
+    made = transform.random_map(element, np.random.default_rng(0)) if is_random else transform.map(element)
     fields = {name: np.asarray(value) for name, value in made.items() if name not in pipeline.HOST_ONLY}
     shapes = {name: value.shape[1:] for name, value in fields.items()}  # the first axis: clips of a video
     batch = {

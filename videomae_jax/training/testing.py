@@ -61,7 +61,7 @@ class Evaluator:
         self.batch_videos = -(-config.evaluate.batch_videos // parts) * parts
         frames, size, views_each = views.frames, views.size, views.clips_per_video
         host_bytes = self.batch_videos // jax.process_count() * views_each * frames * size[0] * size[1] * 3
-        self.loader = feed.loader_size(config, host_bytes)
+        self.loader = feed.loader_size(config, host_bytes, "evaluate.batch_videos")
         outputs = sharding.replicated(mesh)
 
         def of_views(params: Any, video: jax.Array) -> jax.Array:

@@ -88,7 +88,7 @@ class Trainer:
         """Restores or initialises, then steps; returns the state, figures, and whether training is over."""
         workdir, keep_last = self.run.workdir, self.config.checkpoint.keep_last
         keeping = checkpoint.Checkpoints(workdir, keep_last, self.schedule.keep_steps, self.task.exported)
-        growing = storage.Growing(workdir, ("log.jsonl", Guard.NAME))
+        growing = storage.Growing(workdir, ("log.jsonl", Guard.NAME), is_writer=hosts.is_writer())
         with self.watchdog, keeping as self.checkpoints, growing as self.files:
             state, shardings = self._first_state()
             start, root = int(state.step), sharding.replicate(jax.random.key(self.config.seed), self.run.mesh)
@@ -184,7 +184,7 @@ class Trainer:
                 self._look(pending, **validated)
                 pending = None
             is_over = number + 1 == total or validation.is_hopeless(number + 1)
-            is_interrupted = interrupt.is_due(number)
+            is_interrupted = interrupt.is_due()
             if is_interrupted:
                 report.say("SIGTERM: saving a checkpoint, then ending")
             is_last = is_interrupted or is_over
@@ -207,7 +207,8 @@ class Trainer:
         if values["clips"] < self.config.data.batch_size:  # some host had a bad video: all look, at once
             for failed in hosts.gather(feed.failed(host_fields)):
                 self.bad.count(failed)
-        if (text := self.task.warning(values)) and not self.has_warned:
+        # Of a step that is skipped the guard has said what there is.
+        if not values["skipped"] and not self.has_warned and (text := self.task.warning(values)):
             self.has_warned = True
             report.say(f"{text}; step {number + 1}")
         self.log.step(number + 1, values, validated)
