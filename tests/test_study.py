@@ -227,7 +227,7 @@ def test_a_report_says_why_what_points_the_other_way_may(pretended, tmp_path):
     carry_out.show(str(pretended), str(tmp_path / "docs"))
     text = (tmp_path / "docs" / "evidence.md").read_text()
     assert "* tube masking beats frame masking: -10.0 ± 0.0. The slice that frame masking leaves" in text
-    assert "Of 4 findings that were tried 0 point as in the paper" in text
+    assert "Of 3 findings that were tried 0 point as in the paper" in text
 
 
 def test_a_report_can_be_made_again_from_the_committed_results(pretended, tmp_path):

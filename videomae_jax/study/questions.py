@@ -36,6 +36,7 @@ class Question:
         title, text: for the reader; `text` ends with what limits the answer.
         axis: label of the curve's axis; "": bars.
         source: of the paper's figures.
+        baseline: name of the row that all others are compared with in the table; "": none.
     """
 
     key: str
@@ -45,6 +46,7 @@ class Question:
     claims: tuple[Claim, ...]
     axis: str = ""
     source: str = ""
+    baseline: str = ""
 
 
 def figures(row: Row, lines: Mapping[str, Mapping[str, Any]]) -> dict[int, float]:

@@ -9,13 +9,15 @@ from typing import Any
 
 from videomae_jax import storage
 from videomae_jax.config import UserError
+from videomae_jax.data import moving_digits
 from videomae_jax.study import claims, questions
-from videomae_jax.study.claims import Interval, Verdict
+from videomae_jax.study.claims import Claim, Interval, Verdict
 from videomae_jax.study.plan import Plan
 from videomae_jax.study.questions import Question, Row
 from videomae_jax.study.runner import Results
 
 Lines = Mapping[str, Mapping[str, Any]]
+_CHANCE = 100 / len(moving_digits.CLASSES)
 
 
 def write(plan: Plan, results: pathlib.Path, out: pathlib.Path, command: str) -> list[Verdict]:
@@ -78,8 +80,10 @@ def _opening(lines: Lines, plan: Plan, command: str) -> Iterator[str]:
     )
     yield ""
     yield (
-        "Figures are top-1 accuracies in per cent on the test part; of finetuning, with the weights that "
-        "were best on the validation part. Settings were chosen on the validation part alone. "
+        f"Figures are top-1 accuracies in per cent on the test part ({len(moving_digits.CLASSES)} classes); "
+        "of finetuning, with the weights that were best on the validation part. "
+        f"Chance is {_CHANCE:.2f}, dotted in the pictures; a row that is not above it at 95 % has a *. "
+        "Settings were chosen on the validation part alone. "
         f"{plan.scale.seeds} seeds are planned for each row; ± is half of the 95 % interval over those there "
         "are (Student's t), which two seeds make very wide. Each figure links to its line in the results, "
         "which has the command that makes it again."
@@ -134,13 +138,17 @@ def _section(
     yield f"![{question.title}](images/evidence_{question.key}.png)"
     yield ""
     has_paper = any(row.paper is not None for row in question.rows)
-    paper = f" the paper ({question.source}) |" if has_paper else ""
-    yield f"| | mean | seeds |{paper}"
-    yield "|---|---|---|" + ("---|" if has_paper else "")
+    more = [f"the paper ({question.source})"] if has_paper else []
+    more += [f"against {question.baseline}"] if question.baseline else []
+    yield f"| {' | '.join(['', 'mean', 'seeds', *more])} |"
+    yield "|" + "---|" * (3 + len(more))
     for row in question.rows:
         cells = [row.name, _mean(rows[row.name]), _each(row, rows[row.name], places)]
         if has_paper:
             cells.append("" if row.paper is None else f"{row.paper:.1f}")
+        if question.baseline:
+            gain = claims.judge(Claim("", row.name, question.baseline, ""), rows).gain
+            cells.append(_gain(gain) if gain and row.name != question.baseline else "")
         yield f"| {' | '.join(cells)} |"
     yield ""
 
@@ -149,7 +157,8 @@ def _mean(found: Mapping[int, float]) -> str:
     if not found:
         return "not run"
     of_row = claims.interval(list(found.values()))
-    return f"{of_row.mean:.1f}" + (f" ± {of_row.half:.1f}" if math.isfinite(of_row.half) else "")
+    half = f" ± {of_row.half:.1f}" if math.isfinite(of_row.half) else ""
+    return f"{of_row.mean:.1f}{half}" + (" *" if of_row.low <= _CHANCE else "")
 
 
 def _each(row: Row, found: Mapping[int, float], places: Mapping[str, int]) -> str:
@@ -184,10 +193,11 @@ def draw(question: Question, rows: Mapping[str, Mapping[int, float]], path: path
     means = {row.name: claims.interval(list(rows[row.name].values())) for row in shown}
     if question.axis:
         _curves(axes, shown, means)
-        axes.set_xlabel(question.axis)
+        axes.set(xlabel=question.axis, ylabel="top-1, %")
+        axes.axhline(_CHANCE, color="gray", linestyle=":", linewidth=1)
     else:
         _bars(axes, shown, means, rows)
-    axes.set_ylabel("top-1, %")
+        axes.axvline(_CHANCE, color="gray", linestyle=":", linewidth=1)
     axes.set_title(question.title, fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
