@@ -317,6 +317,26 @@ def test_predictions_are_said_at_once_and_go_on_when_killed(folder, classifier, 
         assert parquet.read_table(out)["classes"].to_pylist() == [row["classes"] for row in found]
 
 
+def test_predictions_of_other_weights_are_made_again(folder, classifier, tmp_path):
+    """Where a run is cut off and its checkpoint then overwritten."""
+    weights, paths = tmp_path / "weights", [str(folder / "a.mp4"), str(folder / "b.mp4")]
+    model = vm.load(classifier)
+    vm.save(model, weights, {"stride": 1})
+    options, out = predict.Options(segments=1, crops=1), str(tmp_path / "p.csv")
+
+    def dying(_row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict.run(paths, str(weights), out, options, dying)
+    shutil.rmtree(weights)
+    model.head.kernel[...] = -model.head.kernel[...]
+    vm.save(model, weights, {"stride": 1})
+    said = []
+    predict.run(paths, str(weights), out, options, lambda row: said.append(row["id"]))
+    assert said == paths
+
+
 def test_divided_folders_are_taken_whole_or_in_part(folder, classifier, backbone, tmp_path):
     for part, name in (("train", "a"), ("val", "b")):
         (tmp_path / part).mkdir()

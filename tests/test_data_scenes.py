@@ -323,7 +323,7 @@ def test_what_counts_and_what_is_excluded_goes_with_prepared_data(tmp_path):
     (tmp_path / "own" / "scored.csv").write_text("2,sit\n")
     (tmp_path / "own" / "excluded_train.csv").write_text("a,0.5\n")
     (tmp_path / "own" / "detected_train.csv").write_text(
-        "a,1.5,0,0,1,1,,0.7\na,2,-0.1,0,0.5,1.0003,,0.9\na,2,1,0,1.5,1,,0.9\n"
+        "a,1.5,0,0,1,1,,0.7\na,2,-0.1,0,0.5,1.0003,,0.9\na,2,1,0,1.5,1,,0.9\na,1,0,0,1,1,,0.7\n"
     )
     prepare.run(path, str(tmp_path / "out"), prepare.Options(dataset="boxes", processes=1, short_side=32))
     for folder in (path, str(tmp_path / "out")):
@@ -331,8 +331,16 @@ def test_what_counts_and_what_is_excluded_goes_with_prepared_data(tmp_path):
         assert source.scored == (1,)
         assert source.excluded == {"a,500"}
         found = scenes.detected(source, scenes.detected_file(folder, "train"), 0.6)
-        assert found.ids == ("a,1500", "a,2000")  # nobody is annotated at 2 s: what is found there is wrong
-        np.testing.assert_allclose(found.scenes[1].corners, [[0, 0, 0.5, 1]])
+        # Nobody is annotated at 1 and 2 s: what is found there is wrong.
+        assert found.ids == ("a,1000", "a,1500", "a,2000")
+        np.testing.assert_allclose(found.scenes[2].corners, [[0, 0, 0.5, 1]])
+        assert not found.notes
+        with open(scenes.detected_file(folder, "train"), "a") as file:
+            file.write("a,3,0,0,1,1,,0.7\n")
+    with_more = scenes.detected(source, scenes.detected_file(folder, "train"), 0.6)
+    assert with_more.ids == found.ids
+    assert "1 boxes are of key frames that are not among the prepared ones" in with_more.notes[0]
+    assert (source.beyond(30), source.beyond(31)) == (0, 2)  # frames of 3 s
 
 
 def test_key_frames_that_were_not_prepared_are_said(tmp_path):
