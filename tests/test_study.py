@@ -270,11 +270,11 @@ def test_the_smallest_study_by_its_command(tmp_path):
     command = [sys.executable, "-m", "videomae_jax", "study", "--scale=smoke", f"--workdir={tmp_path}"]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "18 runs, 18 to do" in first.stdout
+    assert "24 runs, 24 to do" in first.stdout
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "18 runs, 0 to do" in again.stdout
+    assert "24 runs, 0 to do" in again.stdout
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len({line["config_hash"] for line in lines}) == 18
+    assert len({line["config_hash"] for line in lines}) == 24
     assert {line["scale"] for line in lines} == {"smoke"}
     assert (tmp_path / "evidence.md").exists()
 

@@ -75,6 +75,7 @@ class Runs:
         made: dict[int, Callable[[int], Run]] = {
             steps: functools.partial(self.pretrained, names.get(steps, f"steps_{steps}"), steps=steps)
             for steps in (scale.short // 4, scale.short // 2, scale.short, scale.steps)
+            if steps
         }
         if scale.more:
             arg = f"stage=pretrain,steps={scale.more}"
