@@ -153,11 +153,8 @@ class Growing:
 
     def push(self, now: bool = False) -> None:
         """Copies what has changed, if it is time to, or `now`."""
-        if (
-            self._local is None
-            or not self._is_writer
-            or not (now or time.monotonic() - self._last >= self.EVERY)
-        ):
+        is_due = now or time.monotonic() - self._last >= self.EVERY
+        if self._local is None or not self._is_writer or not is_due:
             return
         for file in (path for path in sorted(self.folder.rglob("*")) if path.is_file()):
             state = _state(file)

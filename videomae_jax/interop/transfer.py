@@ -48,10 +48,9 @@ def read(path: str | os.PathLike, config: ModelConfig, names: list[str]) -> Tran
     The backbone must be there whole. The final norm is taken from a classifier with the same pooling; that of
     a pretraining model is as one of pooling "first" (with "mean" the published norm starts fresh). A
     detector, whose norm is of every token, takes any norm that there is. Pretraining takes a decoder of its
-    own sizes that predicts as many numbers. The head is taken from a model of
-    the same kind, and kind of head, that knows all the classes, by their names: so one of Kinetics-710 begins
-    on Kinetics-400, 600 or 700 with what it knows. Classes that are numbers alone are the same if there are
-    as many.
+    own sizes that predicts as many numbers. The head is taken from a model of the same kind, and kind of
+    head, that knows all the classes, by their names: so one of Kinetics-710 begins on Kinetics-400, 600 or
+    700 with what it knows. Classes that are numbers alone are the same if there are as many.
 
     Raises:
         ExportError: `path` holds no model.
