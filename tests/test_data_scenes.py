@@ -1,5 +1,6 @@
 """Boxes of key frames: their arithmetic as published, files of one's own, generated ones, and clips."""
 
+import fractions
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ from videomae_jax.data import (
     moving_scenes,
     moving_shapes,
     pipeline,
+    prepared,
     proposals,
     reading,
     sampling,
@@ -354,21 +356,35 @@ def test_key_frames_that_were_not_prepared_are_said(tmp_path):
     assert "1 key frames are not among the prepared ones" in source.notes[0]
 
 
-@pytest.mark.parametrize("rate", [10, 25, 30, 24])
+@pytest.mark.parametrize("rate", [10, 15, 24, 25, 30, fractions.Fraction(30000, 1001)])
 def test_the_key_frame_is_the_same_one_in_prepared_data(tmp_path, rate):
+    """Also where times are no whole seconds, and three of them no whole frames."""
+    times = (0.7, 1.5, 1.71, 2, 2.219, 2.24, 2.26, 2.333, 2.999, 3, 3.1415, 4.72)
     (tmp_path / "own").mkdir()
-    path = own(tmp_path / "own", "a,2,0.1,0.1,0.5,0.5,1\na,0.7,0.1,0.1,0.5,0.5,2\na,3,0,0,1,1,1\n")
-    grey = (np.arange(5 * rate) % 16 * 15).astype(np.uint8)
-    frames = np.broadcast_to(grey[:, None, None, None], (5 * rate, 32, 48, 3))
+    path = own(tmp_path / "own", "".join(f"a,{time},0.1,0.1,0.5,0.5,1\n" for time in times))
+    grey = (np.arange(round(5 * rate)) % 16 * 15).astype(np.uint8)
+    frames = np.broadcast_to(grey[:, None, None, None], (len(grey), 32, 48, 3))
     decode.write_video(tmp_path / "own" / "videos" / "a.mp4", frames, rate, crf=1)
     prepare.run(path, str(tmp_path / "out"), prepare.Options(dataset="boxes", processes=1, short_side=32))
     plain, stored = (scenes.open_scenes(folder, "train") for folder in (path, str(tmp_path / "out")))
-    for place in range(3):
+    for place, time in enumerate(times):
         shown = []
         for source in (plain, stored):
             made = detection_clips.KeyView(1, 1, (32, 48), 1, 2).map((0, source[place]))
             shown.append(made["video"].astype(int).mean())
-        assert abs(shown[0] - shown[1]) < 7, place
+        assert abs(shown[0] - shown[1]) < 7, time
+
+
+def test_records_that_do_not_say_where_their_key_frame_is(tmp_path):
+    (tmp_path / "own").mkdir()
+    path, out = own(tmp_path / "own", "a,2,0.1,0.1,0.5,0.5,1\n"), str(tmp_path / "out")
+    prepare.run(path, out, prepare.Options(dataset="boxes", processes=1, short_side=32))
+    table = tmp_path / "out" / prepared.RECORDS
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    place = rows[0].index("early")
+    table.write_text("".join(",".join(row[:place] + row[place + 1 :]) + "\n" for row in rows))
+    with pytest.raises(SourceError, match="where in a record its key frame is: prepare into another"):
+        scenes.open_scenes(out, "train")
 
 
 def test_a_detected_box_that_stands_there_twice_is_one(tmp_path):

@@ -181,7 +181,7 @@ def write_shard(job: Job, shard: Shard, videos: Iterator[transcode.Encoded | Fai
                 writer.write(data)
                 row = {"split": shard.split, "shard": shard.number, "position": len(rows), "id": entry.id}
                 row |= {"label": entry.label, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-                row |= {name: getattr(video, name) for name in ("frames", "fps", "height", "width")}
+                row |= {name: getattr(video, name) for name in ("frames", "fps", "height", "width", "early")}
                 row["target"] = ";".join(map(repr, entry.target))
                 rows.append(row | {"source_sha256": video.source_sha256})
                 digest = hashlib.sha256(video.video).digest()

@@ -38,6 +38,7 @@ FORMAT = 3  # 2: no JPEGs with a table; 1: the hash knew neither classes nor fea
 MANIFEST, RECORDS = "manifest.json", "records.csv"
 COLUMNS = ("split", "shard", "position", "id", "label", "frames", "fps", "height", "width", "bytes")
 COLUMNS += ("sha256", "source_sha256", "target")
+COLUMNS += ("early",)  # see `transcode.Encoded`
 COLUMNS += ("place", "length", "check")  # of the video of JPEGs in its shard: see `ranges` and `images`
 _OPEN_SHARDS = 64  # readers of a process that are open at once
 

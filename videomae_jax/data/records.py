@@ -50,6 +50,7 @@ def serialize(features: Any, collection: Collection, entry: Entry, video: transc
     from tensorflow_datasets.proto import tf_example_pb2  # pyright: ignore
 
     example = {**dataclasses.asdict(video), "id": entry.id, "label": entry.label}
+    del example["early"]  # in the table of records alone
     if collection.head != "softmax":
         example["target"] = np.asarray(entry.target, np.float32)
     for name, (shape, dtype) in collection.extra.items():

@@ -42,7 +42,7 @@ class Scene(NamedTuple):
     """What is known of a key frame.
 
     Attributes:
-        time: seconds into the video.
+        time: seconds into the video, or into its record in prepared data.
         corners: of each box, in parts of the frame, float32 [R, 4].
         actions: of each box, places in the classes; () of one that a detector found.
         scores: how sure the detector is of each, float32 [R]; 1 for annotated boxes.
@@ -92,18 +92,9 @@ class SceneSource(Source):
         name, scene = self.ids[index], self.scenes[index]
         if self.stored is not None:
             record = self.stored[self.places[index]]
-            scene = scene._replace(time=self._stored_time(index))
             return {**record, "name": name, "label": -1, "record": index, "scene": scene}
         video = self._paths[name.rpartition(",")[0]]
         return {"video": video, "name": name, "label": -1, "record": index, "error": "", "scene": scene}
-
-    def _stored_time(self, index: int) -> float:
-        """When a key frame is on show in its record, which begins with the frame on show `CLIP_SECONDS / 2`
-        before: up to a frame earlier.
-        """
-        assert self.stored is not None
-        time, rate = self.scenes[index].time, self._rates[self.stored.ids[self.places[index]]]
-        return time if time < CLIP_SECONDS / 2 else CLIP_SECONDS / 2 + (0.9 / rate if rate else 0.0)
 
     @functools.cached_property
     def _rates(self) -> dict[str, float]:
@@ -207,15 +198,16 @@ def open_scenes(path: str, part: str) -> SceneSource:
     place_of = {name: i for i, name in enumerate(stored.ids)} if stored is not None else {}
     kept = [frame for frame in sorted(frames) if stored is None or record_id(frame) in place_of]
     missing = len(frames) - len(kept)
+    times = _times(kept, path, stored)
     scored = folder / "scored.csv"
     scenes = tuple(
         Scene(
-            frame[1] / 1000,
+            time,
             np.array([who[0] for who in frames[frame]], np.float32),
             tuple(tuple(sorted(done)) for done in frames[frame].values()),
             np.ones(len(frames[frame]), np.float32),
         )
-        for frame in kept
+        for frame, time in zip(kept, times, strict=True)
     )
     excluded = folder / f"excluded_{part}.csv"
     return SceneSource(
@@ -233,6 +225,27 @@ def open_scenes(path: str, part: str) -> SceneSource:
         missing=missing,
         notes=(f"{file}: {missing} key frames are not among the prepared ones: left out",) if missing else (),
     )
+
+
+def _times(frames: list[tuple[str, int]], path: str, stored: prepared.PreparedSource | None) -> list[float]:
+    """When key frames are on show, in seconds: in their videos, or in their records.
+
+    A record of `CLIP_SECONDS` begins with the frame that is on show half of them before its key frame's time,
+    and that frame with a time of its own.
+
+    Raises:
+        SourceError: the records do not tell.
+    """
+    if stored is None:
+        return [milliseconds / 1000 for _, milliseconds in frames]
+    rows = prepared.read_rows(path)
+    early = {row["id"]: row.get("early") for row in rows if row["split"] == stored.split}
+    if any(not early[record_id(frame)] for frame in frames):
+        raise SourceError(
+            f"{path} was prepared by a version that did not keep where in a record its key frame is: prepare "
+            f"into another folder"
+        )
+    return [min(frame[1] / 1000, CLIP_SECONDS / 2) + float(early[record_id(frame)] or 0) for frame in frames]
 
 
 def check_box(file: str, row: Row) -> None:
@@ -310,14 +323,15 @@ def detected(source: SceneSource, file: str, threshold: float) -> SceneSource:
     if not named & set(source.ids):
         raise SourceError(f"{file} and {source.root} have no key frame in common, such as {min(named)} ms")
     kept = sorted(found)
+    times = _times(kept, source.root, source.stored)
     scenes = tuple(
         Scene(
-            frame[1] / 1000,
+            time,
             np.array(list(found[frame]), np.float32),
             ((),) * len(found[frame]),
             np.array(list(found[frame].values()), np.float32),
         )
-        for frame in kept
+        for frame, time in zip(kept, times, strict=True)
     )
     places = tuple(place_of[record_id(frame)] for frame in kept) if source.stored is not None else ()
     ids = tuple(map(id_of, kept))

@@ -59,6 +59,9 @@ class Form:
 class Encoded:
     """A prepared video, an MP4 file (`jpeg`: see `images`; `keep`: the source's bytes), and what is stored
     beside it.
+
+    Attributes:
+        early: seconds that the first frame of a part is on show before the part begins.
     """
 
     video: bytes
@@ -67,6 +70,7 @@ class Encoded:
     height: int
     width: int
     source_sha256: str
+    early: float = 0.0
 
 
 def transcode(path: str, form: Form, start: float | None = None, end: float | None = None) -> Encoded:
@@ -80,10 +84,10 @@ def transcode(path: str, form: Form, start: float | None = None, end: float | No
     if start is not None and form.codec != "keep":
         status = os.stat(path) if os.path.isfile(path) else None
         video, digest = _divided(path, status and (status.st_size, status.st_mtime_ns), threading.get_ident())
-        return _part(video, digest, form, *_span(video, start, end))
+        return _part(video, digest, form, start, end)
     with reading.open_video(path) as video:
         if form.codec != "keep":
-            return _part(video, video.digest(), form, *_span(video, start, end))
+            return _part(video, video.digest(), form, start, end)
         if start is not None or not isinstance(video, decode.Video):
             raise decode.DecodeError(f"{path}: keep stores whole files only: use another codec")
         return _keep(path, video)
@@ -96,7 +100,8 @@ def _divided(path: str, _version: tuple[int, int] | None, _thread: int) -> tuple
     return video, video.digest()
 
 
-def _part(video: AnyVideo, digest: str, form: Form, first: int, last: int) -> Encoded:
+def _part(video: AnyVideo, digest: str, form: Form, start: float | None, end: float | None) -> Encoded:
+    first, last = _span(video, start, end)
     try:
         encoded, height, width = _encode(video, first, last, form)
         if form.codec == "jpeg":
@@ -104,7 +109,11 @@ def _part(video: AnyVideo, digest: str, form: Form, first: int, last: int) -> En
     except (FFmpegError, ValueError, OverflowError, struct.error) as error:
         raise decode.DecodeError(f"{video.name}: cannot be encoded as {form.codec} ({error})") from None
     _check_length(video, encoded)
-    return Encoded(encoded, last - first, video.fps, height, width, digest)
+    begin, shown = video.time_of(0), video.time_of(first)
+    if start is None or begin is None or shown is None:
+        return Encoded(encoded, last - first, video.fps, height, width, digest)
+    early = start - float(shown - begin)
+    return Encoded(encoded, last - first, video.fps, height, width, digest, early)
 
 
 def _unpacked(video: AnyVideo, mp4: bytes, length: int, size: tuple[int, int]) -> bytes:
