@@ -1,5 +1,6 @@
 """`save` and `load`: the same model comes back, and nothing else is taken for one."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,7 @@ from flax import nnx
 
 import videomae_jax as vm
 from videomae_jax.interop import export
-from videomae_jax.models import vit
+from videomae_jax.models import attention, vit
 
 BACKBONE = {
     "clip_size": (2, 8, 8),
@@ -57,3 +58,16 @@ def test_what_is_no_export_is_refused(saved, tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))
     with pytest.raises(export.ExportError, match=r"has format 99 .* this version reads format 1"):
         vm.load(path)
+
+
+@pytest.mark.parametrize("kind", attention.KINDS)
+def test_weights_are_loaded_wherever_they_were_trained(tmp_path, rng, kind):
+    """400 tokens: kernels of TPUs and GPUs would take over from there, and are not for a CPU."""
+    fields = {**BACKBONE, "clip_size": (2, 80, 80), "compute": vit.Compute("bfloat16", attention=kind)}
+    model = vm.VideoMAE(vm.VideoMAEConfig(**fields, decoder=CONFIG.decoder), rngs=nnx.Rngs(0))
+    vm.save(model, tmp_path / "export")
+    loaded = vm.load(tmp_path / "export")
+    video = jax.numpy.asarray(rng.integers(0, 256, (1, 2, 80, 80, 3), dtype=np.uint8))
+    plain = dataclasses.replace(model.config, compute=vit.Compute())
+    same = vm.VideoMAE(plain, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(loaded.raw_features(video), same.raw_features(video), atol=1e-5)

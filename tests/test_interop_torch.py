@@ -276,7 +276,9 @@ def test_convert(golden, tmp_path):
     assert loaded.config == model.config
     jax.tree.map(np.testing.assert_array_equal, params_of(loaded), params_of(model))
     assert export.read_metadata(tmp_path / "orbax")["recipe"]["origin"]["source"] == source
-    with pytest.raises(torch_weights.WeightsError, match="layout 'onnx' is unknown: use official or hf"):
+    with pytest.raises(
+        torch_weights.WeightsError, match="layout 'onnx' is unknown: use orbax, official or hf"
+    ):
         weights.convert(source, str(tmp_path / "x"), "onnx")
     with pytest.raises(export.ExportError, match=r"name it \.safetensors"):
         weights.convert(source, str(tmp_path / "x.pth"), "official")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import load_config, task_of
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 import videomae_jax as vm
 from videomae_jax import config as settings
@@ -92,6 +93,24 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(shapes, teacher):
     loss, agreement = loss_of(same, others["teacher"], others, batch)
     assert abs(loss) < 1e-5
     assert agreement == 1.0
+
+
+def test_a_student_starts_from_weights_and_learns_features_too(shapes, teacher, tmp_path):
+    """What maps its features to the teacher's is new."""
+    changes = {"distill.feature_weight": 0.5}
+    task, params, *_ = made(shapes, teacher, **changes)
+    classifier = heads.VideoClassifier(task.model, rngs=nnx.Rngs(3))
+    vm.save(classifier, tmp_path / "start")
+    config = distill_config(shapes, teacher, **changes)
+    config.init_from = str(tmp_path / "start")
+    names = [f"params/{'/'.join(path)}" for path in flatten_dict(params)]
+    taken = task.start(config, names)
+    assert any("/align0/" in f"/{name}" for name in names)
+    assert not any("align" in name for name in taken)
+    np.testing.assert_array_equal(
+        taken["params/encoder/embed/kernel"],
+        nnx.to_pure_dict(nnx.state(classifier))["encoder"]["embed"]["kernel"],
+    )
 
 
 @pytest.mark.slow

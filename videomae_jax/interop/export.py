@@ -34,6 +34,9 @@ _KINDS: dict[str, tuple[type[Model], type[ModelConfig]]] = {
 }
 
 
+_BACKENDS = {"cudnn": "gpu", "splash": "tpu", "blocks": "cpu"}  # of kinds of attention that are for one
+
+
 def _write_small_arrays_whole() -> None:
     """Lets replicas share the writing of large arrays only.
 
@@ -113,9 +116,10 @@ def find(path: str | os.PathLike) -> Place:
         if step is not None:
             return parent / str(step)
     if not _is_whole(folder):
+        what = "holds no model" if folder.exists() else "is not there, so it holds no model"
         raise ExportError(
-            f"{folder} holds no model: pass an export made by videomae_jax.save, a checkpoint, or the work "
-            f"folder of a run that has saved one"
+            f"{folder} {what}: pass an export, a checkpoint, the work folder of a run that has saved one, a "
+            f".pth or .safetensors file, or a Hugging Face folder"
         )
     return folder
 
@@ -164,10 +168,9 @@ def load(path: str | os.PathLike) -> Model:
     backend, compute = jax.default_backend(), config.compute
     if backend == "cpu":
         compute = dataclasses.replace(compute, dtype="float32")
-    if compute.attention == "cudnn" and backend != "gpu":
-        compute = dataclasses.replace(compute, attention="blocks" if backend == "cpu" else "xla")
-    elif compute.attention == "blocks" and backend != "cpu":
-        compute = dataclasses.replace(compute, attention="xla")
+    if _BACKENDS.get(compute.attention, backend) != backend:
+        instead = {"cpu": "blocks", "gpu": "queries"}.get(backend, "xla")
+        compute = dataclasses.replace(compute, attention=instead)
     config = dataclasses.replace(config, compute=compute)
     graphdef, abstract = functional.abstract(kind, config)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

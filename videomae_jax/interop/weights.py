@@ -248,6 +248,8 @@ def _check_target(target: str, layout: str, dtype: str) -> None:
     place = storage.at(target)
     if place.exists():
         raise ExportError(f"{place} exists: choose another path or remove it")
+    if layout not in ("orbax", *torch_weights.LAYOUTS):
+        raise WeightsError(f"layout {layout!r} is unknown: use orbax, {' or '.join(torch_weights.LAYOUTS)}")
     if dtype not in DTYPES:
         raise ExportError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}")
     if layout == "official" and place.suffix != ".safetensors":
