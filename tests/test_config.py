@@ -275,7 +275,7 @@ def test_arguments_may_hold_commas_and_equals_signs():
     ("changes", "videos", "text"),
     [
         ({"unit": "hours"}, 1000, "optim.unit='hours' is unknown"),
-        ({"unit": "epochs"}, 100, "batch_size=256 takes more than the 100 videos"),
+        ({"unit": "epochs"}, 100, "takes 256 videos .* an epoch has 100: set .*=100 or less"),
         ({"duration": 10}, 1000, "optim.warmup=40 and optim.duration=10 epochs"),
         ({"duration": 0, "warmup": 0}, 1000, "must be positive"),
         ({"duration": 2**30}, 1000, "pass the limit"),
@@ -450,3 +450,10 @@ def test_attention_falls_back_with_one_line_where_the_fused_kernel_fails(monkeyp
     monkeypatch.setattr(compute.attention, "attend", lambda q, k, v, kind: tried.append(kind) or q + k + v)
     assert compute.settled(c, "gpu", check).model.attention == "cudnn"
     assert set(tried) == {"cudnn"}
+
+
+def test_a_small_data_set_has_many_steps_an_epoch():
+    c = load_config("finetune", "size=base,data=/my/videos,preset=small_data")
+    schedule = settings.make_schedule(c, 270)
+    assert schedule.steps_per_epoch == 16
+    assert schedule.peak_lr == pytest.approx(c.optim.lr * 16 / 256)

@@ -74,6 +74,12 @@ def test_a_part_without_records_is_not_there(tmp_path):
     folder = str(tmp_path / "set")
     assert prepared.has_split(folder, "train")
     assert not prepared.has_split(folder, "test")
+    assert [prepared.is_empty(folder, part) for part in ("train", "validation", "test")] == [
+        False,
+        False,
+        True,
+    ]
+    assert not prepared.is_empty(str(tmp_path), "test")
     with pytest.raises(sources.SourceError, match=r"has no split test: it has train$"):
         prepared.open_source(folder, "test")
 

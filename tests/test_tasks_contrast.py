@@ -161,3 +161,17 @@ def test_one_clip_of_a_video_is_refused(shapes):
     config.data.clips_per_video = 1
     with pytest.raises(settings.UserError, match=r"set --config\.data\.clips_per_video=2"):
         task_of(config)
+
+
+def test_the_frozen_embedding_has_no_gradient(task, rng):
+    """Else it would take part in clipping, and in the guard against gradients that are not finite."""
+    params = task.init(jax.random.key(0))
+    video = rng.integers(0, 256, (8, *task.model.clip_size, 3), dtype=np.uint8)
+    batch = {"video": jnp.asarray(video), "index": jnp.arange(8, dtype=jnp.uint32), "weight": jnp.ones(8)}
+
+    def total(params):
+        return task.terms(params, task.others(params), batch, jax.random.key(1), jnp.int32(0), WHOLE).total
+
+    grads = jax.grad(total)(params)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads["encoder"]["embed"]))
+    assert np.asarray(grads["encoder"]["blocks"]["attention"]["qkv"]).any()

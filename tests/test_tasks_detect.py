@@ -78,6 +78,29 @@ def test_evaluate_gives_the_same_whatever_the_batch(trained, boxed, tmp_path):
         assert again["mAP"] == summary["test"]["mAP"]
 
 
+def test_a_test_otherwise_than_trained_is_said(trained, boxed, tmp_path, capsys):
+    config = settings_of(boxed)
+    config.data.stride += 1
+    config.detect.test_short = 40
+    table.evaluate_weights(config, tmp_path, str(trained[0]), weights.Hints())
+    out = capsys.readouterr().out
+    assert f"with data.stride={config.data.stride - 1} and is tested with {config.data.stride}" in out
+    assert "and is tested with 40: --config.detect.test_short=" in out
+
+
+def test_a_part_in_which_no_box_counts_is_refused_before_training(boxed, tmp_path):
+    shutil.copytree(boxed, tmp_path / "boxed")
+    (tmp_path / "boxed" / "excluded_validation.csv").write_text(
+        "".join(
+            f"{name.rpartition(',')[0]},{int(name.rpartition(',')[2]) / 1000}\n"
+            for name in scenes.open_scenes(str(boxed), "validation").ids
+        )
+    )
+    with pytest.raises(UserError, match="no box of the validation part counts"):
+        table.train(settings_of(tmp_path / "boxed"), tmp_path / "run", time.time())
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_detector_says_nothing_of_a_batch(trained, boxed):
     """The scores of a key frame do not depend on what it is batched with, nor where, to the last bit."""
     folder, _ = trained

@@ -20,11 +20,12 @@ from videomae_jax import config as settings
 from videomae_jax.data import sources
 from videomae_jax.evaluation import classification
 from videomae_jax.evaluation.classification import OutputError
-from videomae_jax.interop import export, transfer
+from videomae_jax.interop import export, transfer, weights
 from videomae_jax.interop.weights import Hints
-from videomae_jax.tasks import evaluate, table
+from videomae_jax.tasks import evaluate, knn, table
 from videomae_jax.tasks.finetune import Finetune
 from videomae_jax.training import compute, report, splits, step, testing
+from videomae_jax.training.task import Run
 
 
 def run(config, workdir):
@@ -276,11 +277,26 @@ def test_evaluate(undisturbed, shapes, tmp_path, capsys):
     assert "evaluate: 8 videos, 1 x 1 views" in output
     assert "warning" not in output
     c.data.stride = 2
-    evaluate.run(c, workdir, "", Hints(stride=0))
+    evaluate.run(c, workdir, "")
     assert (
-        "was trained with data.stride=0 (0: one frame of each part) and is tested with 2"
+        "was trained with data.stride=1 (0: one frame of each part) and is tested with 2"
         in capsys.readouterr().out
     )
+
+
+def test_evaluate_takes_what_a_file_does_not_tell_from_the_command(undisturbed, shapes, tmp_path):
+    """Its heads, and the clip size whose position table was trained."""
+    workdir, summary = undisturbed
+    model = vm.load(workdir / "best")
+    weights.export_torch(model, tmp_path / "best.safetensors", "official")
+    c = finetune_config(shapes)
+    heads, size = model.config.encoder.num_heads, model.config.clip_size
+    c.model.encoder.update(width=96, num_heads=1)  # says nothing of these weights
+    c.model.position_resize = "interpolate"
+    hints = Hints(num_heads=heads, clip_size=size, classes=model.config.classes)
+    found = evaluate.run(c, tmp_path / "w", str(tmp_path / "best.safetensors"), hints)
+    assert found["top1"] == summary["test"]["best"]["top1"]
+    assert found["loss"] == pytest.approx(summary["test"]["best"]["loss"], rel=1e-4)
 
 
 def test_evaluate_on_a_folder_of_its_own(undisturbed, shapes, tmp_path):
@@ -370,6 +386,8 @@ def test_wrong_data(shapes, tmp_path):
         (tmp_path / f"{part}.csv").write_text("path,label\n" + "\n".join(lines))
     with pytest.raises(settings.UserError, match="no validation video has a label"):
         run(finetune_config(tmp_path), tmp_path / "run")
+    with pytest.raises(settings.UserError, match="no training video has a label: put each video into"):
+        run(finetune_config(empty / "a"), tmp_path / "run")
     (tmp_path / "val.csv").write_text((tmp_path / "train.csv").read_text())
     opened = splits.open_splits(finetune_config(tmp_path))
     assert opened.test is not None
@@ -411,3 +429,28 @@ def test_heads_are_kept_for_known_classes_only(undisturbed):
     kept = transfer.read(workdir, other, names)
     assert kept.fresh == ["head/bias", "head/kernel"]
     assert kept.unused == ["head/bias", "head/kernel"]
+
+
+def test_knn_while_pretraining_names_what_it_cannot_read(shapes, tmp_path, capsys, monkeypatch):
+    c = load_config("debug", f"data={shapes}")
+    videos = splits.open_splits(c)
+    clip_features = lambda params, video: video.mean((1, 2, 3)) + params  # noqa: E731
+    this = Run(c, tmp_path, videos, settings.make_schedule(c, len(videos.train)), mesh_of(1))
+    look = knn.validator(clip_features, 1, this)
+    whole = look(jnp.zeros(()), 1)["knn_top1"]
+    plain, bad = type(videos.validation).__getitem__, set()
+
+    def read(self, index):
+        record = plain(self, index)
+        return record | {"error": f"{record['name']} is broken"} if record["name"] in bad else record
+
+    monkeypatch.setattr(type(videos.validation), "__getitem__", read)
+    bad |= set(videos.validation.ids[:3])
+    assert 0 <= look(jnp.zeros(()), 2)["knn_top1"] <= 1
+    look(jnp.zeros(()), 3)
+    out = capsys.readouterr().out
+    assert out.count("bad video, left out of k-NN") == 3
+    bad |= set(videos.validation.ids)
+    with pytest.raises(settings.UserError, match="none of 8 videos can be decoded"):
+        look(jnp.zeros(()), 4)
+    assert 0 <= whole <= 1

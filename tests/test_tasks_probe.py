@@ -169,3 +169,22 @@ def test_wrong_probes(weights, colours, tmp_path, section, change, text):
     (c[section] if section else c).update(change)
     with pytest.raises(settings.UserError, match=text):
         table.train(c, tmp_path, time.time())
+
+
+def test_videos_are_not_tested_on_themselves(weights, colours, tmp_path):
+    c = probe_config(colours / "train", weights, "knn")
+    c.data.held_out = 0
+    with pytest.raises(settings.UserError, match="no other videos to test on"):
+        table.train(c, tmp_path, time.time())
+
+
+def test_a_probe_computes_as_its_settings_say(weights, colours, tmp_path, monkeypatch):
+    seen = []
+    plain = features.extract
+    monkeypatch.setattr(
+        features, "extract", lambda frozen, *rest: seen.append(frozen.model.config) or plain(frozen, *rest)
+    )
+    c = probe_config(colours, weights, "knn")
+    c.model.dtype, c.model.attention = "bfloat16", "queries"
+    table.train(c, tmp_path, time.time())
+    assert {(config.compute.dtype, config.compute.attention) for config in seen} == {("bfloat16", "queries")}

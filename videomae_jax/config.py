@@ -168,8 +168,9 @@ def make_schedule(config: Config, num_videos: int) -> Schedule:
     per_epoch = num_videos // batch_videos
     if optim.unit == "epochs" and per_epoch == 0:
         raise UserError(
-            f"data.batch_size={batch_size} takes more than the {num_videos} videos of an epoch: lower it, or "
-            f"count in steps (--config.optim.unit=steps)"
+            f"a step takes {batch_videos} videos (data.batch_size={batch_size} clips), an epoch has "
+            f"{num_videos}: set --config.data.batch_size={num_videos * config.data.clips_per_video} or less, "
+            f"or count in steps (--config.optim.unit=steps)"
         )
     unit = per_epoch if optim.unit == "epochs" else 1
     total, warmup = int(optim.duration * unit), int(optim.warmup * unit)

@@ -67,12 +67,12 @@ KEYS: dict[str, Key] = {
     "model.decoder.depth": Key(4, "blocks", "[1, inf)", read_by=MASKED),
     "model.decoder.num_heads": Key(6, "divide the width", "[1, inf)", read_by=MASKED),
     "model.decoder.mlp_dim": Key(1536, "hidden units of each block", "[1, inf)", read_by=MASKED),
-    "model.pixel_mean": Key(IMAGENET_MEAN, "per channel, of pixels in 0..1"),
-    "model.pixel_std": Key(IMAGENET_STD, "per channel, likewise", "(0, inf)"),
+    "model.pixel_mean": Key(IMAGENET_MEAN, "per channel, of pixels in 0..1", read_by=TRAINED),
+    "model.pixel_std": Key(IMAGENET_STD, "per channel, likewise", "(0, inf)", read_by=TRAINED),
     "model.position_resize": Key(
         "recompute", "table for other clip sizes: recompute | interpolate", read_by=TRAINED
     ),
-    "model.norm_epsilon": Key(1e-06, "of every LayerNorm", "(0, inf)"),
+    "model.norm_epsilon": Key(1e-06, "of every LayerNorm", "(0, inf)", read_by=TRAINED),
     "model.layer_scale": Key(0.0, "initial factor; 0: none", "[0, inf)", read_by=TRAINED),
     "model.drop_path": Key(0.0, "largest rate, of the last block", "[0, 1)", read_by=TRAINED),
     "model.dtype": Key("auto", "of matmuls: float32 | bfloat16 | auto (bfloat16 on GPU and TPU)"),

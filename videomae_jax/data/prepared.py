@@ -314,6 +314,14 @@ def has_split(path: str, split: str) -> bool:
     return epath.Path(path).is_dir() and split_part(path, split) is not None
 
 
+def is_empty(path: str, split: str) -> bool:
+    """Whether prepared data has a part of which nothing is there: all of its videos failed."""
+    if not is_prepared(path):
+        return False
+    manifest = read_manifest(path)
+    return split in manifest["splits"] and not _has_records(manifest, split)
+
+
 def _has_records(manifest: dict[str, Any], split: str) -> bool:
     """Whether a part is there: of one all of whose videos failed or are absent nothing is."""
     return manifest["splits"].get(split, {"records": 0})["records"] > 0

@@ -1,14 +1,16 @@
 """What every method reads of the settings: the model below its head."""
 
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from videomae_jax.config import Config, UserError
 from videomae_jax.interop import export, transfer, weights
-from videomae_jax.models import tubelets, vit
+from videomae_jax.models import functional, tubelets, vit
 from videomae_jax.models.mae import VideoMAEConfig
 from videomae_jax.training import report
 
@@ -38,9 +40,21 @@ def kept(config: Config, path: str) -> dict[str, Any]:
     if not path:
         return {}
     made = weights.read_config(path, hints(config))
+    return {"position_grid": trained_grid(config, made), "norm_epsilon": made.norm_epsilon}
+
+
+def trained_grid(config: Config, made: vit.BackboneConfig) -> tubelets.Grid | None:
+    """The grid of the position table that a model was trained with; None: that of the settings."""
     grid = made.grid if made.position_resize == "recompute" else made.position_grid or made.grid
     own = tubelets.grid_of((config.data.frames, *config.data.size), config.model.tubelet)
-    return {"position_grid": None if grid == own else grid, "norm_epsilon": made.norm_epsilon}
+    return None if grid == own else grid
+
+
+def computed(config: Config, model: export.Model) -> export.Model:
+    """The same model, computed as the settings say."""
+    compute = vit.Compute(**fields(config)["compute"])
+    graphdef, _ = functional.abstract(type(model), dataclasses.replace(model.config, compute=compute))
+    return nnx.merge(graphdef, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
 def read_teacher(config: Config, kind: type) -> Any:

@@ -220,7 +220,7 @@ class Classify(Task[ClassifierConfig]):
         Writes evaluation.json, predictions.csv and confusion.png of the best ones, which are tested first.
 
         Raises:
-            UserError: there are no best weights.
+            UserError: there are no best weights; as `summarize`.
             OutputError: weights whose outputs are not finite.
         """
         if self.overfit:
@@ -240,7 +240,8 @@ class Classify(Task[ClassifierConfig]):
             if params is not None:
                 outputs = evaluator.run(params)
                 whose = f"{name.replace('_', ' ')} weights"
-                result[name] = summarize(outputs, test, views, self.model.head, whose)
+                allowed = config.evaluate.allow_failed
+                result[name] = summarize(outputs, test, views, self.model.head, whose, allowed)
                 report.say(f"test of the {whose}: {predictions.line(result[name])}")
                 if name == "best" and hosts.is_writer():
                     predictions.write(workdir, result[name], outputs.scores(test, self.model.head), test)
@@ -259,21 +260,35 @@ class Classify(Task[ClassifierConfig]):
 
 
 def summarize(
-    outputs: testing.Outputs, source: sources.Source, views: pipeline.TestViews, head: str, whose: str
+    outputs: testing.Outputs,
+    source: sources.Source,
+    views: pipeline.TestViews,
+    head: str,
+    whose: str,
+    allow_failed: bool,
 ) -> dict[str, Any]:
     """The content of evaluation.json.
 
     Args:
         whose: what the outputs come from, in errors.
+        allow_failed: count videos that cannot be decoded, rather than refuse them.
 
     Raises:
-        UserError: no video could be decoded, or none of them has a label.
+        UserError: videos that cannot be decoded, none that can, or none with a label.
         OutputError: outputs that are not finite.
     """
+    if outputs.num_failed and not allow_failed:
+        first = next(iter(outputs.failed.values()), "")
+        raise UserError(
+            f"{outputs.num_failed} of {len(source)} videos cannot be decoded, the first is {first}: mend or "
+            f"remove them, or report the others with --config.evaluate.allow_failed=true"
+        )
     if not len(outputs.records):
         raise UserError(f"none of the {len(source)} videos in {source.root} can be decoded")
     if head == "softmax" and max(source.labels) < 0:
         raise UserError(f"no video in {source.root} has a label: list them with their labels")
+    if head == "multilabel" and not np.any(source.targets):
+        raise UserError(f"no video in {source.root} has a class, so there is nothing to find")
     classification.check_finite(outputs.values, [source.ids[record] for record in outputs.records], whose)
     if outputs.short and views.segments > 1:
         report.say(

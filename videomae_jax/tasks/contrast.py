@@ -134,6 +134,9 @@ class Contrast(Task[VideoMAEConfig]):
     ) -> Terms:
         """The symmetric loss, a mean over videos; see `Task.terms`."""
         c, weight = self.model, batch["weight"][::2]
+        # What never moves has no gradient to take part in clipping and in the guard either.
+        fixed = jax.lax.stop_gradient(params["encoder"]["embed"])
+        params = params | {"encoder": params["encoder"] | {"embed": fixed}}
         keys = clip_keys(root, "drop_path", batch["index"]) if c.drop_path > 0 else None
         pixels = self._views(batch, root)
         ours = self._project(params, pixels, weight, keys, layout)

@@ -219,6 +219,14 @@ def evaluate(config: Config, workdir: Place, checkpoint: str) -> dict[str, Any]:
     task = dataclasses.replace(task, model=dataclasses.replace(made, **use))
     if trouble := storage.trouble(storage.at(workdir)):
         raise UserError(f"{trouble}: choose another --workdir")
+    recipe, own = export.read_metadata(path)["recipe"], {"stride": task.stride, "test_short": task.test_short}
+    for name, value in own.items():
+        if recipe.get(name, value) != value:
+            key = {"stride": "data.stride"}.get(name, f"detect.{name}")
+            report.say(
+                f"warning: {path} was trained with {key}={recipe[name]} and is tested with {value}: "
+                f"--config.{key}={recipe[name]} tests it as it was trained"
+            )
     params: Any = nnx.to_pure_dict(nnx.state(export.load(path), nnx.Param))
     tester = task.tester(config, videos.test, compute.make_mesh(config), tested_part(videos.test))
     return detections.write(workdir, tester.run(jax.device_get(params)), config, path)
@@ -261,6 +269,11 @@ def open_videos(config: Config) -> Splits:
         for note in source.notes:
             report.say(note)
     for part in {"validation", tested_part(test)}:  # before any work
+        if not detections.countable(validation if part == "validation" else test):
+            raise UserError(
+                f"{path}: no box of the {part} part counts, as each is of an excluded frame, or of an action "
+                f"that scored.csv lacks: there is no mAP of it"
+            )
         if file := scenes.detected_file(path, part):
             source = validation if part == "validation" else test
             scenes.detected(source, file, config.detect.threshold)

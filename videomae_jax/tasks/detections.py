@@ -97,6 +97,17 @@ def _joined(parts: list[Boxes]) -> Boxes:
     return Boxes(*(np.concatenate(column) for column in zip(none, *parts, strict=True)))
 
 
+def countable(truth: SceneSource) -> int:
+    """How many true boxes count, once for each of their actions that does."""
+    scored = set(truth.scored or range(len(truth.classes)))
+    return sum(
+        len(scored & set(done))
+        for name, scene in zip(truth.ids, truth.scenes, strict=True)
+        if name not in truth.excluded
+        for done in scene.actions
+    )
+
+
 class Tester:
     """Runs a detector on every key frame of a part, frames of one size after the other.
 

@@ -53,16 +53,14 @@ def run(
             f"--config.head.kind={made.head}"
         )
     try:
-        planned = finetune.make(config, None, path)
+        planned = finetune.make(config, None, "")
     except ValueError as error:
         raise UserError(str(error)) from None
     source = hosts.agreed(lambda: _source(config, made, path))
     hosts.check_agreement(config, source, workdir, checkpoint=str(path))
     # The weights decide what they are; the settings, how large clips are and how they are computed.
-    use = {
-        name: getattr(planned.model, name)
-        for name in ("clip_size", "position_grid", "position_resize", "compute")
-    }
+    use = {name: getattr(planned.model, name) for name in ("clip_size", "position_resize", "compute")}
+    use["position_grid"] = backbone.trained_grid(config, made)
     task = dataclasses.replace(planned, model=dataclasses.replace(made, **use))
     mesh = compute.make_mesh(config)
     if trouble := storage.trouble(storage.at(workdir)):
@@ -84,13 +82,8 @@ def run(
     )
     params: Any = nnx.to_pure_dict(nnx.state(weights.read(path, hints), nnx.Param))
     outputs = testing.Evaluator(task.outputs, source, views, config, mesh).run(jax.device_get(params))
-    if outputs.num_failed and not config.evaluate.allow_failed:
-        first = next(iter(outputs.failed.values()), "")
-        raise UserError(
-            f"{outputs.num_failed} of {len(source)} videos cannot be decoded, the first is {first}: mend or "
-            f"remove them, or report the others with --config.evaluate.allow_failed=true"
-        )
-    result = classify.summarize(outputs, source, views, made.head, path) | {
+    allowed = config.evaluate.allow_failed
+    result = classify.summarize(outputs, source, views, made.head, path, allowed) | {
         "checkpoint": str(path),
         "split": config.evaluate.split,
     }

@@ -23,7 +23,8 @@ def validator(pooled: Pooled, stride: int, run: Run) -> Validate:
         pooled: (parameters, clips) -> features.
 
     Raises:
-        UserError: the videos have no classes, or there are none to hold out.
+        UserError: the videos have no classes, or there are none to hold out; when it looks, none of a side
+            can be decoded.
     """
     config, train, held_out = run.config, run.videos.train, run.videos.validation
     if len(train.classes) < 2 or train is held_out or min(min(train.labels), min(held_out.labels)) < 0:
@@ -35,13 +36,20 @@ def validator(pooled: Pooled, stride: int, run: Run) -> Validate:
     held_out = sources.relabel(held_out, train.classes)
     clip = pipeline.ValidationClip(config.data.frames, stride, tuple(config.data.size))
     sides = [testing.Evaluator(pooled, side, clip, config, run.mesh) for side in (train, held_out)]
+    said: set[str] = set()
+
+    def look(side: testing.Evaluator, params: Any) -> tuple[np.ndarray, np.ndarray]:
+        outputs = side.run(params)
+        for video, reason in outputs.failed.items():
+            if video not in said:
+                said.add(video)
+                report.say(f"bad video, left out of k-NN: {reason}")
+        if not len(outputs.records):
+            raise UserError(f"k-NN while training: none of {len(side.source)} videos can be decoded")
+        return outputs.values[:, 0], np.asarray(side.source.labels)[outputs.records]
 
     def validate(params: Any, _step: int) -> dict[str, float]:
-        known, asked = (
-            (outputs.values[:, 0], np.asarray(side.source.labels)[outputs.records])
-            for side in sides
-            for outputs in [side.run(params)]
-        )
+        known, asked = (look(side, params) for side in sides)
         lost = sum(int((~np.isfinite(values).all(axis=1)).sum()) for values, _ in (known, asked))
         if lost:
             report.say(f"warning: the features of {lost} videos are not finite: k-NN counts them as wrong")

@@ -48,12 +48,14 @@ def run(config: Config, workdir: Place, started: float) -> dict[str, Any]:
     if jax.process_count() > 1:
         raise UserError("a probe runs on one host: start it on one")
     mesh = compute.make_mesh(config)
-    frozen = features.Frozen(
-        config.init_from,
-        weights.read(config.init_from, backbone.hints(config)),
-        per_token=kind == "attentive",
-    )
+    model = backbone.computed(config, weights.read(config.init_from, backbone.hints(config)))
+    frozen = features.Frozen(config.init_from, model, per_token=kind == "attentive")
     videos = splits.open_splits(config)
+    if videos.test is videos.train or videos.train is videos.validation:
+        raise UserError(
+            f"{config.data.path} has no other videos to test on, and {len(videos.train)} are too few to hold "
+            f"some out (data.held_out={config.data.held_out}): give it a validation or a test part"
+        )
     report.write_json(workdir / "probe.json", loop.identity(config, videos.train))
     clip = (config.data.frames, config.data.stride, tuple(config.data.size))
     views = pipeline.TestViews(*clip, config.evaluate.segments, 1)

@@ -46,7 +46,7 @@ def evaluate_weights(config: Config, workdir: Place, checkpoint: str, hints: wei
     """The command `evaluate`: tests trained weights. Raises as `evaluate.run` and `detect.evaluate`."""
     if config.task == "detect":
         if hints != weights.Hints():
-            raise UserError("evaluate of a detector takes none of --classes, --num_heads, --stride, ...")
+            raise UserError("evaluate of a detector takes none of --classes, --num_heads, ...")
         return detect.evaluate(config, workdir, checkpoint)
     return evaluate.run(config, workdir, checkpoint, hints)
 

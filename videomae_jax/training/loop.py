@@ -90,8 +90,9 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
         raise UserError("optim.patience counts validations: set --config.evaluate.every too")
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate
     if config.data.batch_size <= 0 or config.data.batch_size % parts:
+        key = "debug.overfit" if config.debug.overfit else "data.batch_size"
         raise UserError(
-            f"data.batch_size={config.data.batch_size} does not divide over data x fsdp devices x accumulate "
+            f"{key}={config.data.batch_size} does not divide over data x fsdp devices x accumulate "
             f"= {parts}: use a positive multiple of {parts}"
         )
     videos, processes = config.data.batch_size // config.data.clips_per_video, jax.process_count()

@@ -49,9 +49,16 @@ def open_splits(config: Config, needs_labels: bool = True) -> Splits:
             report.say(f"{path} has no validation part: {len(validation)} training videos are kept for it")
     if not needs_labels:
         return Splits(train, validation, validation)
+    if not train.targets and max(train.labels) < 0:
+        raise UserError(
+            f"{path}: no training video has a label: put each video into the folder of its class, or list it "
+            f"with its label"
+        )
     if not validation.targets and max(validation.labels) < 0:
         raise UserError(f"{path}: no validation video has a label: validation needs some that do")
     has_test = prepared.has_split(path, "test")
+    if not has_test and prepared.is_empty(path, "test"):
+        report.say(f"{path}: no video of the test part is there, so the validation part is tested")
     test = _open(config, path, "test") if has_test else validation
     if not test.targets and max(test.labels) < 0:
         report.say(f"{path}: the test part has no labels, so the validation part is tested")
@@ -62,6 +69,9 @@ def open_splits(config: Config, needs_labels: bool = True) -> Splits:
         validation = test = train
     elif config.head.kind != "regression":
         _check_labels(path, train)
+    for part, source in {"validation": validation, "test": test}.items():
+        if config.head.kind == "multilabel" and not np.any(source.targets):
+            raise UserError(f"{path}: no {part} video has a class, so there is no figure of that part")
     return Splits(train, sources.relabel(validation, train.classes), sources.relabel(test, train.classes))
 
 
