@@ -176,3 +176,11 @@ def test_the_command(model, tmp_path):
     vm.save(model, tmp_path / "bare")
     with pytest.raises(UserError, match="does not say how it was trained: give --mask_ratio"):
         reconstruct.run(path, str(tmp_path / "bare"), "o.gif", **{**settings, "mask_ratio": 0.0})
+
+
+def test_a_start_beyond_the_end_is_refused(model, tmp_path):
+    vm.save(model, tmp_path / "export", {"mask": "tube", "mask_ratio": 0.5, "stride": 1})
+    path = clips.write(tmp_path / "a.mp4", clips.numbered_frames(10))
+    how = {"statistics": "", "mask": "", "mask_ratio": 0.0, "seed": 0, "hints": Hints()}
+    with pytest.raises(UserError, match=r"--start=99: .* ends after 1\.0 s"):
+        reconstruct.run(path, str(tmp_path / "export"), str(tmp_path / "o.gif"), start=99.0, **how)

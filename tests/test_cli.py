@@ -34,7 +34,15 @@ def use(monkeypatch, capsys):
         (["train", "--workdir=W"], "train needs --config=..."),
         (["train", "--workdir=W", "--config=nowhere.py"], "no file nowhere.py"),
         (["train", "--workdir=W", f"{DEBUG}:data"], "config argument 'data' is not understood"),
-        (["train", "--workdir=W", DEBUG, "--config.optim.lrr=1"], 'Did you mean "lr"'),
+        (["train", "--workdir=W", DEBUG, "--config.optim.lrr=1"], "--config: 'lrr' Did you mean \"lr\""),
+        (["train", "--workdir=W", "--config", "nowhere.py"], "no file nowhere.py"),
+        (["train", "--workdir=W", "--config.optim.lr=1"], "lr=1 edits the settings of a file: pass that too"),
+        (
+            ["train", "--workdir=W", f"{DEBUG}:task=finetune", "--config.debug.overfit=6"],
+            "overfit=6 does not",
+        ),
+        (["convert", "SHAPES", "D", "--layout=onnx"], "'onnx' is unknown: use orbax, official or hf"),
+        (["evaluate", "--workdir=W", f"{DEBUG}:task=finetune", "--stride=2"], "line flag 'stride'"),
         (["train", "--workdir=W", DEBUG, "--config.optim.lr=fast"], "lr"),
         (["train", "--workdir=W", DEBUG, "--wordkir=W"], "Unknown command line flag 'wordkir'"),
         (["train", "--workdir=W", DEBUG, "extra"], "train takes no argument, not extra"),
@@ -72,7 +80,10 @@ def use(monkeypatch, capsys):
             "attention=cudnn does not work here",
         ),
         (["train", "--workdir=W", DEBUG, "--hosts=2/2@a:1"], "--hosts=2/2@a:1 is none of auto, tpu, slurm"),
-        (["train", "--workdir=/dev/null/x", f"{DEBUG}:data=SHAPES"], "/dev/null"),
+        (
+            ["train", "--workdir=/dev/null/x", f"{DEBUG}:data=SHAPES"],
+            "/dev/null/x is no folder and cannot be",
+        ),
         (["train", "--workdir=W", DEBUG, "--config.optim.lr=nan"], "optim.lr=nan is out of range"),
         (["train", "--workdir=W", DEBUG, "--config.data.size=32"], "data.size=[32] must be 2 numbers"),
         (["embed", "v.mp4", "--checkpoint=C", "--out=f.npz", "--clip_size=8"], "use FRAMES,HEIGHT,WIDTH"),
@@ -81,9 +92,12 @@ def use(monkeypatch, capsys):
         (["predict", "SHAPES", "SHAPES", "--checkpoint=C"], "name a video twice"),
         (["evaluate", DEBUG], "evaluate needs --workdir=..."),
         (["evaluate", "--workdir=W", DEBUG], "evaluate tests classifiers and detectors, not task=pretrain"),
-        (["evaluate", "--workdir=W", f"{DEBUG}:task=finetune"], "W holds no model"),
+        (["evaluate", "--workdir=W", f"{DEBUG}:task=finetune"], "W is not there, so it holds no model"),
         (["train", "--workdir=W", f"{DEBUG}:task=dance"], "task='dance' is unknown: use pretrain"),
-        (["train", "--workdir=W", f"{DEBUG}:task=finetune", "--config.init_from=X"], "X holds no model"),
+        (
+            ["train", "--workdir=W", f"{DEBUG}:task=finetune", "--config.init_from=X"],
+            "X is not there, so it holds no model",
+        ),
         (["train", "--workdir=W", f"{DEBUG}:task=probe"], "a probe needs trained weights: set --config.init"),
         (
             ["train", "--workdir=W", DEBUG, "--config.augment.mixup=0.5"],
@@ -97,7 +111,7 @@ def use(monkeypatch, capsys):
         (["reconstruct", "--checkpoint=C", "--out=o.gif"], "reconstruct takes VIDEO, not none"),
         (["reconstruct", "v.mp4", "--checkpoint=C"], "reconstruct needs --out=..."),
         (["reconstruct", "v.mp4", "--checkpoint=C", "--out=o.jpeg"], "unknown suffix: use .gif, .mp4, .png"),
-        (["reconstruct", "v.mp4", "--checkpoint=C", "--out=o.gif"], "C holds no model"),
+        (["reconstruct", "v.mp4", "--checkpoint=C", "--out=o.gif"], "C is not there, so it holds no model"),
     ],
 )
 def test_wrong_use_is_one_line_and_status_2(use, monkeypatch, tmp_path, shapes, argv, text):

@@ -1,5 +1,6 @@
 """The command line: parses flags, runs one command, and turns user errors into one line and status 2."""
 
+import itertools
 import os
 import pathlib
 import sys
@@ -86,11 +87,14 @@ def main(started: float) -> int:
 
 
 def _check_config_file(argv: Sequence[str]) -> None:
-    for word in argv:
-        if word.startswith("--config="):
-            path = word.partition("=")[2].partition(":")[0]
-            if not os.path.isfile(path):
-                raise flags.Error(f"--config: no file {path}; the configs are in the folder configs")
+    named = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    named += [after for word, after in itertools.pairwise(argv) if word == "--config"]
+    for path in (name.partition(":")[0] for name in named):
+        if not os.path.isfile(path):
+            raise flags.Error(f"--config: no file {path}; the configs are in the folder configs")
+    edit = next((word for word in argv if word.startswith("--config.")), "")
+    if edit and not named:
+        raise flags.Error(f"{edit} edits the settings of a file: pass that too, --config=configs/...")
 
 
 def _explain(error: Exception, debug: bool) -> int:
@@ -101,10 +105,14 @@ def _explain(error: Exception, debug: bool) -> int:
     frames = traceback.extract_tb(error.__traceback__)
     in_config = any("config_flags" in frame.filename for frame in frames)
     if in_config and isinstance(error, AttributeError | KeyError | TypeError | ValueError | OSError):
-        text = error.args[0] if isinstance(error, KeyError) else error
+        text: object = error
+        while isinstance(text, AttributeError | KeyError) and text.args:  # an error of an error of a text
+            text = text.args[0]
         return _complain(f"--config: {text}")
     if isinstance(error, OSError):
         return _complain(str(error))
+    if isinstance(error, ImportError) and "gcsfs" in str(error):
+        return _complain("gs:// needs what the extra gcs installs: EXTRAS=gcs launch/local.sh COMMAND ...")
     return _complain(f"{type(error).__name__}: {error} (--debug shows where)", 1)
 
 

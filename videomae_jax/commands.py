@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from videomae_jax import storage
 
 _SPLIT_HELP = "Part of a divided folder: train, validation, test, or all."
+_CONFIG_HELP = "FILE.py or FILE.py:name=value,...; --config.KEY=VALUE edits a key of videomae_jax/keys.py."
 _HOSTS_HELP = "Processes of the run: auto, tpu, slurm, or I/N@HOST:PORT (this one is I of N)."
 
 
@@ -25,9 +26,7 @@ def _train(values: Any, _arguments: list[str], started: float) -> None:
 
 
 def _train_flags(values: flags.FlagValues) -> None:
-    config_flags.DEFINE_config_file(
-        "config", None, "Settings: FILE.py or FILE.py:name=value,...", flag_values=values
-    )
+    config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, flag_values=values)
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
     flags.DEFINE_string("hosts", "auto", _HOSTS_HELP, flag_values=values)
 
@@ -61,16 +60,18 @@ def _hints_flags(values: flags.FlagValues) -> None:
     """What PyTorch files do not tell, on every command that takes weights."""
     number, text = flags.DEFINE_integer, flags.DEFINE_string
     number("num_heads", None, "Heads of the encoder, for files that do not tell.", flag_values=values)
-    number("decoder_num_heads", None, "Heads of the decoder, likewise.", flag_values=values)
-    text("clip_size", "", "FRAMES,HEIGHT,WIDTH of a clip, likewise.", flag_values=values)
-    text(
-        "classes",
-        "",
-        "Names of the classes, A,B,... or a file with one a line, likewise.",
-        flag_values=values,
-    )
-    help_text = "Frames from one frame of a clip to the next; 0: one of each equal part; default as trained."
-    number("stride", None, help_text, flag_values=values)
+    number("decoder_num_heads", None, "Heads of the decoder, for files that do not tell.", flag_values=values)
+    text("clip_size", "", "FRAMES,HEIGHT,WIDTH of a clip, for files that do not tell.", flag_values=values)
+    help_text = "Names of the classes, A,B,... or a file with one a line, for files that do not tell."
+    text("classes", "", help_text, flag_values=values)
+
+
+def _stride_flag(values: flags.FlagValues, zero: str = "") -> None:
+    help_text = f"Frames from one frame of a clip to the next{zero}; default as trained."
+    flags.DEFINE_integer("stride", None, help_text, flag_values=values)
+
+
+_ZERO = ", 0: one of each equal part"
 
 
 def _hints(values: Any) -> Any:
@@ -79,8 +80,10 @@ def _hints(values: Any) -> Any:
     sizes = tuple(int(size) for size in re.findall(r"\d+", values.clip_size))
     if values.clip_size and (len(sizes) != 3 or not re.fullmatch(r"\d+,\d+,\d+", values.clip_size)):
         raise flags.Error(f"--clip_size={values.clip_size} is not understood: use FRAMES,HEIGHT,WIDTH")
-    for name in ("num_heads", "decoder_num_heads", "stride"):
-        value, least = getattr(values, name), int(name != "stride")
+    stride = values.stride if "stride" in values else None  # where clips are cut
+    numbers = {"num_heads": values.num_heads, "decoder_num_heads": values.decoder_num_heads, "stride": stride}
+    for name, value in numbers.items():
+        least = int(name != "stride")
         if value is not None and value < least:
             raise flags.Error(f"--{name}={value} must be at least {least}")
     names = values.classes.split(",") if values.classes else []
@@ -88,7 +91,7 @@ def _hints(values: Any) -> Any:
         names = pathlib.Path(values.classes).read_text(encoding="utf-8").splitlines()
     classes = tuple(name.strip() for name in names if name.strip())
     size = (sizes[0], sizes[1], sizes[2]) if sizes else None
-    return weights.Hints(values.num_heads, values.decoder_num_heads, size, classes or None, values.stride)
+    return weights.Hints(values.num_heads, values.decoder_num_heads, size, classes or None, stride)
 
 
 def _evaluate(values: Any, _arguments: list[str], _started: float) -> None:
@@ -136,6 +139,7 @@ def _reconstruct_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float("start", -1.0, help_text, flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of the mask.", flag_values=values)
     _hints_flags(values)
+    _stride_flag(values)
 
 
 def _embed(values: Any, arguments: list[str], _started: float) -> None:
@@ -159,6 +163,7 @@ def _embed_flags(values: flags.FlagValues) -> None:
     number("batch", 8, "Windows at once.", flag_values=values)
     flags.DEFINE_string("split", "all", _SPLIT_HELP, flag_values=values)
     _hints_flags(values)
+    _stride_flag(values)
 
 
 def _predict(values: Any, arguments: list[str], _started: float) -> None:
@@ -181,6 +186,7 @@ def _predict_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", "", "File to write too: .json, .csv or .parquet.", flag_values=values)
     flags.DEFINE_string("split", "all", _SPLIT_HELP, flag_values=values)
     _hints_flags(values)
+    _stride_flag(values, _ZERO)
     number("top", 5, "Classes to name.", flag_values=values)
     number("segments", 5, "Clips spread over the video.", flag_values=values)
     number("crops", 3, "Crops of each clip.", flag_values=values)
@@ -203,6 +209,7 @@ def _convert_flags(values: flags.FlagValues) -> None:
     help_text = "Positions for other clip sizes: recompute (published) or interpolate."
     flags.DEFINE_string("position_resize", "recompute", help_text, flag_values=values)
     _hints_flags(values)
+    _stride_flag(values, _ZERO)
 
 
 def _prepare(values: Any, arguments: list[str], _started: float) -> None:
@@ -315,9 +322,7 @@ def _study_flags(values: flags.FlagValues) -> None:
 
 
 def _plan_flags(values: flags.FlagValues) -> None:
-    config_flags.DEFINE_config_file(
-        "config", None, "Settings: FILE.py or FILE.py:name=value,...", flag_values=values
-    )
+    config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, flag_values=values)
     text = "Devices: v5e:4x4, v6e:2x4, v5p:2x2x1, v4:2x2x2, h100:8, h200:4x8, a100:1, b200:8, cpu:2."
     flags.DEFINE_string("topology", None, text, flag_values=values)
     flags.DEFINE_integer("videos", 0, "Training videos, for a run's length.", flag_values=values)

@@ -223,7 +223,10 @@ class Lock:
         if not is_writer():
             return
         self._is_new = not self.path.parent.exists()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path.parent} is no folder and cannot be made one: {error}") from None
         if not self._take():
             other = self._other()
             if other is not None:

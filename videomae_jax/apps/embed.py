@@ -86,8 +86,8 @@ def run(paths: Sequence[str], checkpoint: str, out: str, options: Options) -> di
     target = storage.at(out)
     if target.suffix not in SUFFIXES:
         raise UserError(f"--out={out} has an unknown suffix: use {', '.join(SUFFIXES)}")
-    if options.step < 0 or options.batch < 1 or (options.hints.stride or 0) < 0:
-        raise UserError("--stride and --step must not be negative, --batch must be positive")
+    if options.step < 0 or options.batch < 1 or options.hints.stride == 0:
+        raise UserError("--step must not be negative, --stride and --batch must be positive")
     videos.make_room(target)
     named = videos.find(paths, options.split)
     model = weights.read(checkpoint, options.hints)

@@ -244,6 +244,9 @@ def run(
     with decode.Video(video) as opened:
         first, left = 0, opened.num_frames
         if start >= 0:
+            if opened.fps and start > opened.num_frames / opened.fps:
+                seconds = opened.num_frames / opened.fps
+                raise UserError(f"--start={start:g}: {video} ends after {seconds:.1f} s")
             first = opened.index_at(start)
             left = min(opened.num_frames - first, frames * recipe["stride"])
         wanted = first + sampling.pretrain_clip(left, frames, recipe["stride"], None)
