@@ -53,6 +53,18 @@ def test_times_that_are_those_of_decoding(odd, tmp_path):
     agree(path, shown(path), tmp_path)
 
 
+def test_a_known_file_that_is_counted_is_opened_once(odd, monkeypatch):
+    """From its beginning, where it is anyway; opening takes longer than decoding a few small frames."""
+    path, opened, plain = odd / "packed_bframes_remuxed.mp4", [], av.open
+    expected = decode.read_clip(path, [0, 3])
+    monkeypatch.setattr(av, "open", lambda *args, **kwargs: opened.append(args) or plain(*args, **kwargs))
+    with decode.Video(path) as video:
+        np.testing.assert_array_equal(video.read([0, 3]), expected)
+        assert len(opened) == 1
+        np.testing.assert_array_equal(video.read([0, 3]), expected)
+        assert len(opened) == 2
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
 @pytest.mark.parametrize("source", ["b.avi", "b.h264"])
 def test_reordered_streams_remuxed_without_times(tmp_path, rng, source, suffix):

@@ -88,6 +88,7 @@ class Video:
             if self._stream.codec_context is None:
                 raise self._error("is stored in a codec that this build of PyAV cannot decode")
             self._stream.codec_context.thread_count = self._threads
+            self._is_at_start = True
         except BaseException:
             self._container.close()
             raise
@@ -307,8 +308,9 @@ class Video:
             last = self.num_frames if last is None else last
             yield from (frame for _, frame in self._found(list(range(first, last))))
             return
-        self._container.close()
-        self._open()
+        if not self._is_at_start:
+            self._container.close()
+            self._open()
         yield from itertools.islice(self._decode(self._demux()), first, last)
 
     def _read_counted(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -341,6 +343,7 @@ class Video:
 
     def _needed(self, start: Mark, times: set[int]) -> Iterator[av.Packet]:
         """Packets from the key frame `start` to the last of those shown at `times`."""
+        self._is_at_start = False
         try:
             self._container.seek(start.dts if start.dts is not None else start.pts, stream=self._stream)
         except FFmpegError:
@@ -352,6 +355,7 @@ class Video:
                 return
 
     def _demux(self) -> Iterator[av.Packet]:
+        self._is_at_start = False
         try:
             # Closed here: a demuxer that is merely dropped half-way leaks a kilobyte.
             with contextlib.closing(self._container.demux(self._stream)) as packets:
