@@ -10,8 +10,7 @@ distill: a student of a quarter of the width, from scratch, with and without a t
 after configs/small.py), 12 epochs each.
 contrast: k-NN on MoCo v3's features while it trains.
 
-Prints one table and one JSON line. A finished run is not repeated: the same command goes on after an
-interruption.
+Prints one table and one JSON line. The same command goes on after an interruption.
 """
 
 import argparse
@@ -41,11 +40,11 @@ def settings(name: str, arg: str, seed: int = 0) -> Config:
 
 
 def train(config: Config, workdir: pathlib.Path) -> dict:
-    """The summary of a run, made once."""
-    path = workdir / "summary.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    return table.train(config, workdir, time.time())
+    """The summary of a run; of a finished one nothing but its end is done again."""
+    summary = table.train(config, workdir, time.time())
+    if summary.get("interrupted"):
+        raise SystemExit(f"{workdir} was interrupted: the same command goes on")
+    return summary
 
 
 def pretrained(workdir: pathlib.Path, steps: int, seed: int) -> pathlib.Path:

@@ -30,7 +30,8 @@ FIGURES = st.lists(st.floats(0, 100), min_size=2, max_size=6)
         ([70, 71, 72], [50, 52, 51], "agrees"),
         ([50, 52, 51], [70, 71, 72], "does not"),
         ([50, 70, 60], [55, 55, 66], "cannot tell"),
-        ([50], [40], "not run"),
+        ([50], [40], "one seed"),
+        ([], [40], "not run"),
     ],
 )
 def test_verdicts(better, worse, word):
@@ -159,6 +160,23 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
         UserError, match=r"first_0 was made before its config file changed: .*settings\.py back"
     ):
         Pretended(tmp_path / "study").run([run], SLOTS)
+
+
+def test_what_began_from_another_run_is_of_another_plan_too(tmp_path):
+    """Its command says where it began, not how that was made."""
+    child = Run("child_0", "configs/study.py", (), 0, start="first_0")
+    Pretended(tmp_path).run([CHAIN[0], child], SLOTS)
+    longer = Run("first_0", "configs/study.py:steps=9", (), 0)
+    with pytest.raises(UserError, match="first_0 is of another plan"):
+        Pretended(tmp_path).run([longer, child], SLOTS)
+    path = tmp_path / "results.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text(lines[1] + "\n")
+    with pytest.raises(UserError, match="child_0 began from another first_0 than this plan's"):
+        Pretended(tmp_path).run([longer, child], SLOTS)
+    path.write_text("\n".join([*lines, lines[1]]) + "\n")
+    with pytest.raises(UserError, match=r"results\.jsonl:3 is a second result of child_0"):
+        Pretended(tmp_path)
 
 
 def test_a_failed_run_is_told_and_tried_again(tmp_path):

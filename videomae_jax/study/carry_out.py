@@ -61,5 +61,5 @@ def show(source: str, out: str) -> None:
 def tell(verdicts: list[Verdict]) -> None:
     """The verdicts, a line each."""
     for verdict in verdicts:
-        gain = f"{verdict.gain.mean:+.1f} ± {verdict.gain.half:.1f} points" if verdict.gain else ""
+        gain = f"{verdict.gain} points" if verdict.gain else ""
         print(f"{verdict.word:12} {gain:24} {verdict.claim.text} ({verdict.claim.paper})")

@@ -18,6 +18,10 @@ class Interval:
     half: float
     count: int
 
+    def __str__(self) -> str:
+        """As a gain, in points."""
+        return f"{self.mean:+.1f}" + (f" ± {self.half:.1f}" if math.isfinite(self.half) else "")
+
     @property
     def low(self) -> float:
         return self.mean - self.half
@@ -65,11 +69,16 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the figures say of a claim; `gain` is None where seeds are missing on a side."""
+    """What the figures say of a claim; `gain` is None where the sides have no seed in common."""
 
     claim: Claim
     word: str
     gain: Interval | None
+
+    @property
+    def is_tried(self) -> bool:
+        """Whether there are seeds enough for an interval."""
+        return self.gain is not None and self.gain.count > 1
 
 
 def judge(claim: Claim, rows: Mapping[str, Mapping[int, float]]) -> Verdict:
@@ -81,10 +90,12 @@ def judge(claim: Claim, rows: Mapping[str, Mapping[int, float]]) -> Verdict:
     """
     better, worse = rows.get(claim.better, {}), rows.get(claim.worse, {})
     shared = sorted(better.keys() & worse.keys())
-    if len(shared) < 2:
+    if not shared:
         return Verdict(claim, "not run", None)
     gain = interval([better[seed] - worse[seed] for seed in shared])
-    if gain.low > 0:
+    if gain.count == 1:
+        word = "one seed"
+    elif gain.low > 0:
         word = "agrees"
     elif gain.high < 0:
         word = "does not"

@@ -74,6 +74,20 @@ class Run:
         ]
 
 
+def lineage(run: Run, runs: Mapping[str, Run]) -> str:
+    """A hash of what a run is, down to those that it needs: other steps of pretraining make another one."""
+    return _short_hash([run.command, *(lineage(runs[name], runs) for name in run.needs)])
+
+
+def trouble(line: Mapping[str, Any], run: Run, runs: Mapping[str, Run]) -> str:
+    """Why a line is no result of a run of this plan; "": it is one. Old lines say less of themselves."""
+    if line["command"] != run.command:
+        return f"is of another plan ({line['command']})"
+    if line.get("lineage", lineage(run, runs)) != lineage(run, runs):
+        return f"began from another {run.needs[0]} than this plan's"
+    return ""
+
+
 class Results:
     """The lines of results.jsonl, by run; a line is written when its run has ended."""
 
@@ -84,11 +98,14 @@ class Results:
         for number, line in enumerate(lines, 1):
             try:
                 found = json.loads(line)
-                self.lines[found["run"]] = found
+                name = found["run"]
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise UserError(
                     f"{path}:{number} is no result of a run: remove the line, and its run is made again"
                 ) from None
+            if name in self.lines:
+                raise UserError(f"{path}:{number} is a second result of {name}: remove one of the two")
+            self.lines[name] = found
         self._writing = threading.Lock()
 
     def add(self, line: dict[str, Any]) -> None:
@@ -201,6 +218,7 @@ class Runner:
         self._processes: set[subprocess.Popen] = set()
         self._stopped = threading.Event()
         self._machine = ""
+        self._plan: dict[str, Run] = {}
 
     def run(self, runs: Sequence[Run], machine: Sequence[Slot]) -> None:
         """Carries out what has no result yet.
@@ -208,12 +226,13 @@ class Runner:
         Raises:
             UserError: runs that failed, after all others; naming the log of the first.
         """
+        self._plan = {run.name: run for run in runs}
         for run in runs:
             line = self.results.lines.get(run.name)
-            if line and line["command"] != run.command:
+            if line and (reason := trouble(line, run, self._plan)):
                 raise UserError(
-                    f"{self.results.path}: {run.name} is of another plan ({line['command']}): use another "
-                    f"--workdir, or remove its line and its folder"
+                    f"{self.results.path}: {run.name} {reason}: use another --workdir, or remove the lines "
+                    f"and folders of it and of what began from it"
                 )
             if line and line.get("config_file", run.file_hash) != run.file_hash:
                 raise UserError(
@@ -346,6 +365,7 @@ class Runner:
             "figures": score(summary),
             "seconds": seconds,
             "config_file": run.file_hash,
+            "lineage": lineage(run, self._plan),
             "config_hash": _short_hash(of_run["config"]),
             "data_hash": _short_hash(of_data),
             "code": code,
