@@ -454,3 +454,14 @@ def test_knn_while_pretraining_names_what_it_cannot_read(shapes, tmp_path, capsy
     with pytest.raises(settings.UserError, match="none of 8 videos can be decoded"):
         look(jnp.zeros(()), 4)
     assert 0 <= whole <= 1
+
+
+def test_a_test_that_does_not_fit_is_refused_before_training(shapes, tmp_path):
+    c = finetune_config(shapes)
+    c.evaluate.update(segments=50, crops=3, batch_videos=64)
+    c.data.loader_gib = 0.05
+    with pytest.raises(
+        settings.UserError, match=r"or evaluate\.batch_videos, or raise --config\.data\.loader_gib"
+    ):
+        run(c, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()

@@ -182,6 +182,8 @@ class Classify(Task[ClassifierConfig]):
     def validator(self, run: Run) -> Validate:
         """Figures on the middle clip of each validation video."""
         validation = run.videos.validation
+        if not self.overfit:
+            self._tester(run)  # what does not fit into memory is refused now, not after the last step
         clip = pipeline.ValidationClip(*self._clip)
         evaluator = testing.Evaluator(self.outputs, validation, clip, run.config, run.mesh)
         said: set[str] = set()
@@ -214,6 +216,11 @@ class Classify(Task[ClassifierConfig]):
 
         return validate
 
+    def _tester(self, run: Run) -> testing.Evaluator:
+        config = run.config
+        views = self.test_views(config.evaluate.segments, config.evaluate.crops)
+        return testing.Evaluator(self.outputs, run.videos.test, views, config, run.mesh)
+
     def finish(self, run: Run, state: TrainState) -> dict[str, Any]:
         """The multi-view test of the best weights and of the last, as the paper tests them.
 
@@ -227,7 +234,7 @@ class Classify(Task[ClassifierConfig]):
             return {"learnt_by_heart": self._check_overfit(run, state)}
         config, workdir, test = run.config, run.workdir, run.videos.test
         views = self.test_views(config.evaluate.segments, config.evaluate.crops)
-        evaluator = testing.Evaluator(self.outputs, test, views, config, run.mesh)
+        evaluator = self._tester(run)
         if not (workdir / "best").exists():
             raise UserError(
                 f"no weights of this run can be tested: its validation was never finite, so there is no "

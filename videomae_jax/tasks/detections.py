@@ -126,6 +126,8 @@ class Tester:
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch = -(-config.evaluate.batch_videos // parts) * parts
         self._sizes = self._by_size()
+        for size in self._sizes:
+            self._loader(size)  # what does not fit into memory is refused now
         outputs = sharding.replicated(mesh)
 
         def of_rows(params: Any, rows: dict[str, jax.Array]) -> jax.Array:
@@ -147,6 +149,10 @@ class Tester:
             size = detection_clips.whole_tubelets(height, width, self.views.short, self.views.patch)
             sizes[size].append(place)
         return dict(sorted(sizes.items()))
+
+    def _loader(self, size: tuple[int, int]) -> pipeline.LoaderSize:
+        host_bytes = self.batch // jax.process_count() * self.views.frames * size[0] * size[1] * 3
+        return feed.loader_size(self.config, host_bytes, "evaluate.batch_videos")
 
     def run(self, params: Any) -> Found:
         """The scores of all key frames; those that cannot be decoded are left out and named."""
@@ -172,8 +178,7 @@ class Tester:
         )
         host, processes = jax.process_index(), jax.process_count()
         dataset = pipeline.once(source, view, self.batch, host=host, hosts=processes)
-        host_bytes = self.batch // processes * view.frames * size[0] * size[1] * 3
-        loader = feed.loader_size(self.config, host_bytes, "evaluate.batch_videos")
+        loader = self._loader(size)
         ahead = feed.prefetch(
             dataset,
             source,
