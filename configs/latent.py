@@ -9,7 +9,8 @@ will do); size=tiny|small|base|large|huge; data=k400|ssv2|moving_shapes or data=
 
 salt (arXiv 2509.24317): multi-block masks, L1, a predictor of 12 blocks, 384 wide. Its steps were 200,000 of
 3,072 clips on 3.6 million videos; the durations here are epochs, ours. mvd (arXiv 2212.04500): its video
-teacher alone, 90 % tube masks, smooth L1, two decoder blocks, 400 epochs of 1,024 clips.
+teacher alone, 90 % tube masks, smooth L1, a decoder by size, 400 epochs of 1,024 clips (huge: 800; large and
+huge: of 512).
 
 Differences: multi-block masks leave a fixed share visible (mask.ratio; docs/parity.md says how), positions
 are sine and cosine, and MVD's targets are normalised too.
@@ -20,6 +21,14 @@ from videomae_jax.models import vit
 
 _STRIDES = {"k400": 4, "ssv2": 2}
 _RECIPES = ("salt", "mvd")
+# Size: width, heads and depth of MVD's decoder, by the published scripts
+_MVD = {
+    "tiny": (384, 6, 2),
+    "small": (384, 6, 2),
+    "base": (768, 12, 2),
+    "large": (512, 8, 4),
+    "huge": (640, 8, 8),
+}
 
 
 def get_config(arg: str | None = None):
@@ -40,13 +49,19 @@ def get_config(arg: str | None = None):
         c.mask.update(kind="multi_block", ratio=0.75)
         c.loss.kind = "l1"
         c.data.batch_size = 3072
-        c.optim.update(lr=4.4e-5, min_lr=4.4e-5, weight_decay=0.04, duration=300, warmup=40)
+        c.optim.update(
+            lr=4.4e-5, min_lr=4.4e-5, weight_decay=0.04, betas=(0.9, 0.999), duration=300, warmup=40
+        )
     else:
-        c.model.decoder.depth = 2
-        c.model.drop_path = 0.1
+        width, heads, depth = _MVD[arg.size]
+        is_huge = arg.size == "huge"
+        c.model.decoder.update(width=width, num_heads=heads, mlp_dim=4 * width, depth=depth)
+        c.model.drop_path = 0.2 if is_huge else 0.1
         c.loss.kind = "smooth_l1"
-        c.data.batch_size = 1024
-        c.optim.update(lr=1.5e-4, min_lr=1e-4, duration=400, warmup=40)
+        c.data.batch_size = 512 if arg.size in ("large", "huge") else 1024
+        c.optim.update(
+            lr=1.5e-4, min_lr=1e-5 if is_huge else 1e-4, duration=800 if is_huge else 400, warmup=40
+        )
     if arg.size == "tiny":
         c.model.tubelet = (2, 8, 8)
         c.model.decoder.update(width=64, depth=2, num_heads=2, mlp_dim=256)

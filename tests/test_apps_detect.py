@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pathlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -261,3 +262,20 @@ def test_a_video_without_any_box(detector, video, tmp_path, monkeypatch):
     monkeypatch.setattr(people, "opencv", lambda: lambda frame: nobody)
     with pytest.raises(UserError, match="no box in 2 key frames: pass --boxes=whole"):
         detect.run(video, detector, str(tmp_path / "out.mp4"), Options(boxes="people"))
+
+
+def test_key_frames_that_a_list_says_are_empty_stay_empty(detector, video, tmp_path):
+    box, listed = "0.1,0.1,0.5,0.5", tmp_path / "boxes.csv"
+    listed.write_text(f"scene,0.5,{box},1,0.9\nscene,0.5,{box},2,0.01\nscene,1\nscene,1.5,{box},1,0.9\n")
+    found = detect.run(video, detector, str(tmp_path / "o.mp4"), Options(boxes=str(listed), least=0.0))
+    assert [(key["time"], len(key["boxes"])) for key in found["key_frames"]] == [(0.5, 1), (1.0, 0), (1.5, 1)]
+    tracks = [box["track"] for key in found["key_frames"] for box in key["boxes"]]
+    assert len(set(tracks)) == 2
+
+
+def test_what_is_read_is_not_written_over(detector, video, tmp_path):
+    copy = tmp_path / "a.mp4"
+    copy.write_bytes(pathlib.Path(video).read_bytes())
+    with pytest.raises(UserError, match=r"a\.mp4 is what is read: name another file"):
+        detect.run(str(copy), detector, str(copy), Options(boxes="whole"))
+    assert copy.read_bytes() == pathlib.Path(video).read_bytes()

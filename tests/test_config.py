@@ -128,7 +128,7 @@ FINETUNING_V2 = {
     ("giant", "k400,start=k710"): (96, 3.75e-6, 0.9, 0.25, 0.0, 0.1, 3, 5),
     ("giant", "ssv2"): (96, 1.125e-4, 0.9, 0.25, 0.0, 0.05, 20, 2),
     ("giant", "ucf101"): (24, 9.375e-5, 0.9, 0.35, 0.5, 0.05, 50, 5),
-    ("giant", "hmdb51"): (24, 4.6875e-5, 0.9, 0.35, 0.5, 0.05, 15, 10),
+    ("giant", "hmdb51"): (24, 4.6875e-5, 0.9, 0.35, 0.5, 0.05, 15, 5),
 }
 
 
@@ -457,3 +457,24 @@ def test_a_small_data_set_has_many_steps_an_epoch():
     schedule = settings.make_schedule(c, 270)
     assert schedule.steps_per_epoch == 16
     assert schedule.peak_lr == pytest.approx(c.optim.lr * 16 / 256)
+
+
+@pytest.mark.parametrize(
+    ("size", "decoder", "batch", "epochs"),
+    [
+        ("small", (384, 6, 2), 1024, 400),
+        ("base", (768, 12, 2), 1024, 400),
+        ("large", (512, 8, 4), 512, 400),
+        ("huge", (640, 8, 8), 512, 800),
+    ],
+)
+def test_mvd_has_the_decoders_of_its_scripts(size, decoder, batch, epochs):
+    c = load_config("latent", f"size={size},recipe=mvd")
+    stack = c.model.decoder
+    assert (stack.width, stack.num_heads, stack.depth) == decoder
+    assert (c.data.batch_size, c.optim.duration) == (batch, epochs)
+
+
+@pytest.mark.parametrize(("arg", "segments"), [("size=base", 10), ("size=giant", 5)])
+def test_hmdb51_is_tested_as_each_paper_did(arg, segments):
+    assert load_config("finetune", f"{arg},data=hmdb51").evaluate.segments == segments

@@ -8,6 +8,7 @@ import pickle
 import shutil
 
 import clips
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -44,8 +45,22 @@ def test_flip_and_crop_as_published():
     box = np.array([[10, 20, 49, 99]], np.float32)
     np.testing.assert_array_equal(proposals.flipped(box, 224), [[174, 20, 213, 99]])  # W - right - 1
     np.testing.assert_array_equal(proposals.flipped(proposals.flipped(box, 224), 224), box)
-    np.testing.assert_array_equal(proposals.cropped(box, 30, 0, 60, 40), [[10, 0, 39, 59]])
+    np.testing.assert_array_equal(proposals.cropped(box, 30, 0, 60, 40), [[10, 0, 40, 60]])
     assert not proposals.has_area(proposals.cropped(box, 0, 60, 224, 100)).any()
+
+
+def test_a_resized_frame_and_its_boxes_as_published(rng):
+    """OpenCV's bilinear without anti-aliasing; the last pixel is counted before, and its place scaled."""
+    frames = rng.integers(0, 256, (2, 360, 640, 3), dtype=np.uint8)
+    corners = np.array([[0.25, 0.5, 1.0, 0.75]], np.float32)
+    made, boxes = detection_clips.shortened(frames, corners, 256)
+    assert made.shape == (2, 256, 455, 3)
+    for frame, found in zip(frames, made, strict=True):
+        plain = cv2.resize(frame, (455, 256), interpolation=cv2.INTER_LINEAR)
+        assert np.abs(found.astype(int) - plain).max() <= 1
+    scale = 455 / 640
+    np.testing.assert_allclose(boxes[0, [0, 2]], [160 * scale, 639 * scale], rtol=1e-6)
+    np.testing.assert_allclose(boxes[0, [1, 3]], [180 * 256 / 360, 269 * 256 / 360], rtol=1e-6)
 
 
 def test_enlarged_by_a_tenth_and_a_twentieth():
@@ -428,3 +443,23 @@ def test_lists_as_spreadsheets_write_them(tmp_path):
     own(tmp_path, "a,1,0.1,0.1,0.5,0.5,7\n", classes="3,run\n7,sit\n")
     with pytest.raises(SourceError, match="number the classes from 1 on"):
         prepare.run(path, str(tmp_path / "out"), prepare.Options(dataset="boxes", processes=1))
+
+
+def test_images_of_one_number_in_two_lists_are_refused(tmp_path):
+    """Their detections would be given to another movie."""
+    file = detections(tmp_path, ".json")
+    images = [{"id": 7, "movie": "other", "timestamp": "0902", "width": 200, "height": 100}]
+    (tmp_path / "ava_test_v2.2_min.json").write_text(json.dumps({"images": images, "annotations": []}))
+    with pytest.raises(SourceError, match=r"image 7 is of (m|other) in one .*min\.json of its folder and"):
+        boxes.read_detections(file)
+
+
+def test_a_finished_folder_has_its_lists(tmp_path, monkeypatch):
+    """Killed while they are copied, it is not finished."""
+    (tmp_path / "own").mkdir()
+    path = own(tmp_path / "own", "a,1.5,0.1,0.1,0.5,0.5,1\n")
+    (tmp_path / "own" / "scored.csv").write_text("1,run\n")
+    monkeypatch.setattr(prepare.prepare, "run", lambda *_args, **_more: None)
+    prepare.run(path, str(tmp_path / "out"), prepare.Options(dataset="boxes", processes=1, short_side=32))
+    assert (tmp_path / "out" / "scored.csv").exists()
+    assert not (tmp_path / "out" / prepared.MANIFEST).exists()

@@ -433,3 +433,20 @@ def test_what_files_do_not_tell(golden, tmp_path):
     assert vm.load(tmp_path / "orbax").config.classes == hints.classes
     with pytest.raises(export.ExportError, match="tells itself that its num_heads is 3, not 6"):
         weights.read(tmp_path / "orbax", weights.Hints(num_heads=6))
+
+
+def test_a_published_detector_is_not_taken_for_a_classifier(golden, tmp_path):
+    """The same names as a classifier of the first token has, and a head of AVA's 80 actions."""
+    tensors = load_file(golden / "finetune_weights.safetensors")
+    tensors = {name.replace("fc_norm.", "norm."): value for name, value in tensors.items()}
+    width = tensors["head.weight"].shape[1]
+    for classes in (80, 81):
+        tensors |= {
+            "head.weight": np.zeros((classes, width), np.float32),
+            "head.bias": np.zeros(classes, np.float32),
+        }
+        save_file(tensors, tmp_path / f"{classes}.safetensors")
+    with pytest.raises(torch_weights.WeightsError, match="those of the published detectors of AVA"):
+        vm.load(tmp_path / "80.safetensors", num_heads=3)
+    model = vm.load(tmp_path / "81.safetensors", num_heads=3)
+    assert model.config.pooling == "first"

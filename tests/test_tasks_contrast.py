@@ -163,6 +163,14 @@ def test_one_clip_of_a_video_is_refused(shapes):
         task_of(config)
 
 
+def test_heads_begin_as_published():
+    params = contrast.init_mlp(jax.random.key(0), (256, 64, 16))
+    for name, inputs in (("layer0", 256), ("layer1", 64)):
+        kernel = np.asarray(params[name]["kernel"])
+        assert np.abs(kernel).max() == pytest.approx(inputs**-0.5, rel=0.01)
+        assert kernel.std() == pytest.approx((3 * inputs) ** -0.5, rel=0.05)
+
+
 def test_the_frozen_embedding_has_no_gradient(task, rng):
     """Else it would take part in clipping, and in the guard against gradients that are not finite."""
     params = task.init(jax.random.key(0))

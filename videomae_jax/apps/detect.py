@@ -13,7 +13,7 @@ import tqdm
 from flax import nnx
 
 from videomae_jax import storage
-from videomae_jax.apps import annotate, people
+from videomae_jax.apps import annotate, people, videos
 from videomae_jax.config import UserError
 from videomae_jax.data import augment, boxes, decode, detection_clips, proposals, reading, scenes
 from videomae_jax.data.reading import AnyVideo
@@ -74,8 +74,7 @@ def run(path: str, checkpoint: str, out: str, options: Options) -> dict[str, Any
     target = storage.at(out)
     if target.suffix != ".mp4":
         raise UserError(f"--out={out}: name a .mp4 file")
-    if trouble := storage.trouble(target.parent):
-        raise UserError(f"{trouble}: choose another --out")
+    videos.make_room(target, [path])
     if options.every <= 0 or options.top < 1:
         raise UserError("--every and --top must be positive")
     model = weights.read(checkpoint, weights.Hints())
@@ -136,8 +135,9 @@ def _looker(
         size = detection_clips.whole_tubelets(clip.shape[1], clip.shape[2], short, patch)
         slots = 1 << (len(corners) - 1).bit_length()
         pixels = np.zeros((1, slots, 4), np.float32)
-        pixels[0, : len(corners)] = proposals.enlarged(proposals.to_pixels(corners, *size), *size)
-        return np.array(scores(params, augment.resize(clip, size)[None], pixels))[0, : len(corners)]
+        placed = proposals.resized(corners, (clip.shape[1], clip.shape[2]), size)
+        pixels[0, : len(corners)] = proposals.enlarged(placed, *size)
+        return np.array(scores(params, augment.interpolate(clip, size)[None], pixels))[0, : len(corners)]
 
     return look
 
@@ -197,10 +197,10 @@ def _rate(video: AnyVideo) -> fractions.Fraction:
 
 def _listed(file: str, path: str) -> dict[float, tuple[np.ndarray, np.ndarray]]:
     """Time -> boxes and scores that a CSV has for this video."""
-    rows = [row for row in boxes.read_rows(file, needs_action=False) if row.corners]
+    rows = boxes.read_rows(file, needs_action=False)
     name = pathlib.PurePath(path)
     ours = [row for row in rows if row.video in (name.name, name.stem)]
-    if not ours:
+    if not any(row.corners for row in ours):
         raise UserError(
             f"--boxes={file} has no box of {name.name} or {name.stem}"
             + (f", the first is of {rows[0].video}" if rows else "")
@@ -208,12 +208,13 @@ def _listed(file: str, path: str) -> dict[float, tuple[np.ndarray, np.ndarray]]:
     found: dict[float, dict[tuple, float]] = {}
     are_scores = any(row.extra % 1 for row in ours)  # else persons' numbers
     for row in ours:
-        scenes.check_box(file, row)
-        assert row.corners
-        sure = row.extra if are_scores and 0 <= row.extra <= 1 else 1.0
-        found.setdefault(row.time, {})[row.corners] = sure
+        of_frame = found.setdefault(row.time, {})  # those without any box too
+        if row.corners:
+            scenes.check_box(file, row)
+            sure = row.extra if are_scores and 0 <= row.extra <= 1 else 1.0
+            of_frame[row.corners] = max(sure, of_frame.get(row.corners, 0.0))
     return {
-        time: (np.array(list(each), np.float32), np.array(list(each.values()), np.float32))
+        time: (np.array(list(each), np.float32).reshape(-1, 4), np.array(list(each.values()), np.float32))
         for time, each in found.items()
     }
 

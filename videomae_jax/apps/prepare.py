@@ -51,8 +51,13 @@ def run(source: str, folder: str, options: Options) -> None:
     part = _part(options.part)
     processes = options.processes or usable_cores()
     how = {"max_failed": options.max_failed, "retry_failed": options.retry_failed}
+    prepare.claim(job)
+    if options.dataset == "boxes":  # before the manifest: a finished folder has its lists
+        for file in epath.Path(source).iterdir():
+            if re.fullmatch(r"(excluded|detected)_\w+\.(csv|json|pkl)|scored\.csv|.*min\.json", file.name):
+                with storage.output(storage.at(folder) / file.name) as path:
+                    path.write_bytes(file.read_bytes())
     if options.finish:
-        prepare.claim(job)
         manifest = prepare.finished(job, options.retry_failed) or prepare.finish(job, options.max_failed)
     elif options.beam_options:
         from videomae_jax.data import prepare_beam  # Beam has an environment of its own
@@ -65,10 +70,6 @@ def run(source: str, folder: str, options: Options) -> None:
             flush=True,
         )
         manifest = prepare.run(job, processes, part, **how)
-    if options.dataset == "boxes":
-        for file in epath.Path(source).iterdir():
-            if re.fullmatch(r"(excluded|detected)_\w+\.(csv|json|pkl)|scored\.csv|.*min\.json", file.name):
-                storage.at(folder).joinpath(file.name).write_bytes(file.read_bytes())
     if manifest is None:
         print(f"part {options.part} of {folder} is written; --finish ends the work when all parts are")
         return

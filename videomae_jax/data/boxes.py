@@ -123,9 +123,14 @@ def _of_alphaction(file: epath.Path) -> Iterator[Row]:
     others = [found] if isinstance(found, dict) and found.get("images") else []
     if not others:
         others = [json.loads(other.read_text()) for other in sorted(file.parent.glob("*min.json"))]
-    images = {
-        image["id"]: image for other in others if isinstance(other, dict) for image in other.get("images", ())
-    }
+    images: dict[Any, dict[str, Any]] = {}
+    for image in (i for other in others if isinstance(other, dict) for i in other.get("images", ())):
+        known = images.setdefault(image["id"], image)
+        if any(known[name] != image[name] for name in ("movie", "timestamp", "width", "height")):
+            raise SourceError(
+                f"{file}: image {image['id']} is of {known['movie']} in one *min.json of its folder and of "
+                f"{image['movie']} in another: put `images` into the file itself, or keep one of them"
+            )
     if not images:
         raise SourceError(
             f"{file} has boxes in pixels and no images beside: put the file with their sizes "

@@ -123,9 +123,10 @@ class KeyView(grain.transforms.Map):
             nonlocal kept
             assert scene is not None
             frames = around(video, scene.time, self.frames, self.stride)
-            boxes = proposals.enlarged(proposals.to_pixels(scene.corners, *self.size), *self.size)
+            given = (frames.shape[1], frames.shape[2])
+            boxes = proposals.enlarged(proposals.resized(scene.corners, given, self.size), *self.size)
             kept = slots.fill(boxes, list(scene.actions))
-            return augment.resize(frames, self.size)[None]
+            return augment.interpolate(frames, self.size)[None]
 
         made = pipeline.clips_of(index, record, clips, (1, self.frames, *self.size, 3))
         return made | kept
@@ -151,7 +152,7 @@ def shortened(frames: np.ndarray, corners: np.ndarray, short: int) -> tuple[np.n
     height, width = frames.shape[1:3]
     side = min(height, width)
     size = (short, int(width * short / side)) if height <= width else (int(height * short / side), short)
-    return augment.resize(frames, size), proposals.to_pixels(corners, *size)
+    return augment.interpolate(frames, size), proposals.resized(corners, (height, width), size)
 
 
 def whole_tubelets(height: int, width: int, short: int, patch: int) -> tuple[int, int]:

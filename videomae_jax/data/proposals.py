@@ -1,6 +1,7 @@
 """Arithmetic of boxes as the published detection code has it: pixels, the last one included.
 
-A box is (left, top, right, bottom), float32; a frame of width W has left and right in 0..W-1.
+A box is (left, top, right, bottom), float32; a frame of width W has left and right in 0..W-1. Where code and
+conventions meet (resized, cropped) there are fractions of a pixel more or less, as published.
 """
 
 import numpy as np
@@ -34,15 +35,19 @@ def has_area(boxes: Corners) -> np.ndarray:
     return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
 
-def resized(boxes: Corners, factor: tuple[float, float]) -> Corners:
-    """Boxes of a frame that became `factor` (height, width) times as large."""
-    down, across = factor
-    return (boxes * np.array([across, down, across, down])).astype(np.float32)
+def resized(corners: Corners, given: tuple[int, int], size: tuple[int, int]) -> Corners:
+    """Parts of a frame of (height, width) `given` as pixels of the same frame made `size`.
+
+    The last pixel is that of the frame before, whose place is scaled.
+    """
+    down, across = size[0] / given[0], size[1] / given[1]
+    return (to_pixels(corners, *given) * np.array([across, down, across, down])).astype(np.float32)
 
 
 def cropped(boxes: Corners, top: int, left: int, height: int, width: int) -> Corners:
-    """Boxes of a frame of which a crop is left; those outside it are empty then."""
-    return _clipped(boxes - np.array([left, top, left, top], np.float32), height, width)
+    """Boxes of a frame of which a crop is left, in 0..W and 0..H of it; those outside it are empty then."""
+    edges = np.array([width, height, width, height], np.float32)
+    return np.clip(boxes - np.array([left, top, left, top], np.float32), 0, edges).astype(np.float32)
 
 
 def flipped(boxes: Corners, width: int) -> Corners:

@@ -320,6 +320,13 @@ def infer(
     head = "classifier.weight" if layout == "hf" else "head.weight"
     if head in names:
         pooling = "mean" if "fc_norm.weight" in names else "first"
+        if (layout, pooling, len(tensors[head])) == ("official", "first", 80):
+            raise WeightsError(
+                "norm.* and a head of 80 are those of the published detectors of AVA, which as a classifier "
+                "would say something else: they are not converted"
+            )
+        if pooling == "first":
+            shared["final_norm_epsilon"] = None  # its norm is the encoder's own
         classes = shared.pop("classes") or tuple(map(str, range(len(tensors[head]))))
         if len(classes) != len(tensors[head]):
             raise WeightsError(f"{head} has {len(tensors[head])} classes, their names are {len(classes)}")

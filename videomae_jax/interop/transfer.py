@@ -100,7 +100,7 @@ def read(path: str | os.PathLike, config: ModelConfig, names: list[str]) -> Tran
     wanted = [
         name
         for name in names
-        if any(is_taken and name.startswith(f"{part}/") for part, is_taken in taken.items())
+        if next((is_taken for part, is_taken in taken.items() if name.startswith(f"{part}/")), False)
     ]
     extra = sorted(_below(found, "encoder/") - set(wanted) - {f"{there}/scale", f"{there}/bias"})
     if extra:

@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from videomae_jax.models import layers
 from videomae_jax.models.layout import Layout
 
 _EPSILON = 1e-5  # of the batch norm
 
 
 def init_mlp(key: Key[Array, ""], widths: tuple[int, ...]) -> dict:
-    """Layers without bias, Xavier uniform; hidden ones are followed by batch norm with scale and bias.
+    """Layers without bias, uniform up to the inputs' number to the power of -1/2; hidden ones are followed by
+    batch norm with scale and bias.
+
+    As published: the heads keep their framework's default, where the encoder's layers are Xavier's.
 
     Args:
         widths: of the input, of the hidden layers, and of the output.
@@ -21,7 +23,9 @@ def init_mlp(key: Key[Array, ""], widths: tuple[int, ...]) -> dict:
     params = {}
     keys = jax.random.split(key, len(widths) - 1)
     for number, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
-        params[f"layer{number}"] = {"kernel": layers.XAVIER(keys[number], (inputs, outputs), jnp.float32)}
+        bound = inputs**-0.5
+        kernel = jax.random.uniform(keys[number], (inputs, outputs), minval=-bound, maxval=bound)
+        params[f"layer{number}"] = {"kernel": kernel}
         if number < len(widths) - 2:
             params[f"norm{number}"] = {"scale": jnp.ones(outputs), "bias": jnp.zeros(outputs)}
     return params

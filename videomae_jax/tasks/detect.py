@@ -30,7 +30,7 @@ from videomae_jax.training.splits import Splits
 from videomae_jax.training.step import Batch, Terms, TrainState, clip_keys
 from videomae_jax.training.task import Run, Task, Validate
 
-_COLOURS = (10 / 180, 26 / 255, 26 / 255)  # published: hue of 180, saturation and value of 255, at most
+_COLOURS = (10, 26, 26)  # published: hue of 180, saturation and value of 255, at most; whole numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,9 @@ class Detect(Task[DetectorConfig]):
         )
 
     def _recoloured(self, clip: Float[Array, "T H W 3"], key: Key[Array, ""]) -> Float[Array, "T H W 3"]:
-        return views.shift_hsv(clip, jnp.array(_COLOURS) * jax.random.uniform(key, (3,), minval=-1.0))
+        most = jnp.array(_COLOURS)
+        shift = jax.random.randint(key, (3,), -most, most + 1)
+        return views.shift_hsv(clip, shift / jnp.array([180.0, 255.0, 255.0]))
 
     def scores(
         self, params: dict, video: UInt8[Array, "B T H W C"], boxes: Float[Array, "B R 4"]
