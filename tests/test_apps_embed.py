@@ -185,6 +185,13 @@ def test_predict(folder, classifier, backbone, tmp_path):
     assert found[0]["classes"][0]["name"] == model.config.classes[best]
     np.testing.assert_allclose(found[0]["classes"][0]["score"], scores[best], rtol=1e-4)
     assert len(found[0]["classes"]) == 2
+    listed = tmp_path / "list.csv"  # of labels that nobody asks for
+    listed.write_text(f"path,label\n{folder}/a.mp4,run;jump\n")
+    assert [row["id"] for row in predict.run([str(listed)], classifier, "", predict.Options(), print)] == [
+        f"{folder}/a.mp4"
+    ]
+    with pytest.raises(settings.UserError, match=r"list\.csv is what is read: name another file"):
+        predict.run([str(listed)], classifier, str(listed), predict.Options(), print)
     with pytest.raises(settings.UserError, match="holds a pretraining model, which has no classes"):
         predict.run([str(folder)], backbone, "", predict.Options(), print)
     with pytest.raises(settings.UserError, match="must be positive"):

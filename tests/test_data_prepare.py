@@ -296,6 +296,18 @@ def test_videos_that_could_not_be_read_are_tried_again(videos, done, tmp_path, m
     assert list(prepared.damage(str(out))) == []
 
 
+def test_failed_videos_are_tried_again_before_a_folder_was_ever_finished(videos, tmp_path):
+    root, out = tmp_path / "own0", tmp_path / "out"
+    shutil.copytree(videos, root)
+    with pytest.raises(prepare.PrepareError, match="1 of 11 videos failed"):
+        run(root, out, max_failed=0.0)
+    good, broken = (root / "train" / name for name in ("walk/2.mp4", "run/broken.mp4"))
+    shutil.copy(good, broken)
+    with pytest.raises(prepare.PrepareError, match="1 of 11 videos failed"):
+        run(root, out, max_failed=0.0)
+    assert run(root, out, max_failed=0.0, retry_failed=True)["failed"] == []
+
+
 def test_targets_are_prepared(tmp_path):
     for name in ("a.mp4", "b.mp4"):
         clips.write(tmp_path / name, clips.numbered_frames(4))

@@ -251,6 +251,15 @@ def test_what_a_folder_leaves_out_is_counted(tmp_path):
     assert "stray.mp4 beside 2 folders, so the folders are no classes" in source.notes[1]
 
 
+def test_videos_beside_parts_are_said(tmp_path):
+    for name in ("train/a/1.mp4", "val/a/2.mp4", "extra/3.mp4", "4.mp4", ".hidden/5.mp4", "notes/read.me"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (note,) = prepared.open_source(str(tmp_path), "train").notes
+    assert "2 entries with videos beside its parts (4.mp4, extra): left out" in note
+    assert prepared.open_source(str(tmp_path), "validation").notes == ()
+
+
 def test_folders_that_are_refused(tmp_path):
     with pytest.raises(sources.SourceError, match="does not exist"):
         prepared.open_source(str(tmp_path / "nowhere"), "train")

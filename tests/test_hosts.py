@@ -355,6 +355,9 @@ def test_hosts_stop_together_also_in_a_resumed_run(monkeypatch):
             1,
             False,
         ),
+        # Another container of this machine, whose processes are not seen from here.
+        ({"host": socket.gethostname(), "pid": 1, "started": "1", "space": "pid:[1]"}, 10, True),
+        ({"host": socket.gethostname(), "pid": 1, "started": "1", "space": "pid:[1]"}, 1000, False),
         (None, 10, True),  # just being written
         (None, 1000, False),
     ],

@@ -211,6 +211,28 @@ def test_growing_files_are_copied_at_a_bounded_rate(bucket, monkeypatch):
     assert (place / "log.jsonl").read_text().splitlines()[-2:] == ["149", "more"]
 
 
+def test_a_copy_that_fails_is_made_the_next_time(bucket, monkeypatch):
+    """Nothing is lost: the lines are on a disk here. Before a checkpoint and at the end it must not fail."""
+    now, plain, fails = [0.0], storage._upload, [True]
+    monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
+
+    def upload(file, target):
+        if fails[0]:
+            raise RuntimeError("503")
+        plain(file, target)
+
+    monkeypatch.setattr(storage, "_upload", upload)
+    place = epath.Path("gs://bucket/failing")
+    with storage.Growing(place, ("log.jsonl",)) as files:
+        (files.folder / "log.jsonl").write_text("a\n")
+        files.push()
+        with pytest.raises(RuntimeError, match="503"):
+            files.push(now=True)
+        fails[0], now[0] = False, 100.0
+        files.push()
+        assert (place / "log.jsonl").read_text() == "a\n"
+
+
 def test_of_several_hosts_one_copies(bucket):
     """The others have what the store had, and would put it back."""
     place = epath.Path("gs://bucket/hosts")

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -415,3 +416,14 @@ def test_meshes_train_alike_and_resume_each_other(mesh, tmp_path, debug_config):
     losses = [[line["loss"] for line in logged(tmp_path / name)] for name in ("plain", "other")]
     assert len(losses[1]) == 10
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_results_without_their_checkpoints_are_not_trained_over(shapes, tmp_path):
+    config = load_config("debug", f"data={shapes}")
+    config.optim.update(duration=2, warmup=0)
+    table.train(config, tmp_path, time.time())
+    before = (tmp_path / "log.jsonl").read_text()
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(settings.UserError, match="results of a run whose checkpoints are gone"):
+        table.train(config, tmp_path, time.time())
+    assert (tmp_path / "log.jsonl").read_text() == before

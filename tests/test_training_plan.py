@@ -1,5 +1,6 @@
 """`plan`: what it says of a step that this machine can compile, and of devices that it can not."""
 
+import dataclasses
 import json
 
 import jax
@@ -107,6 +108,40 @@ def test_time_on_links():
     assert planned.link_seconds(near, mesh, chip, 8) == pytest.approx(2 * 7 / 8 * 8e9 / 450e9)
     assert planned.link_seconds(far, mesh, chip, 8) == pytest.approx(1e9 / 50e9)
     assert planned.link_seconds(far, mesh, chip, 16) == pytest.approx(1e9 / 450e9)
+    # In several machines at once: each of its eight devices in a machine carries an eighth between them.
+    wide = (Collective("all-reduce", ("data",), 4 * 10**8, 1),)
+    within, between = 2 * 7 / 8 * 4e8 / 450e9, 2 * 3 / 4 * 4e8 / (8 * 50e9)
+    assert planned.link_seconds(wide, {"data": 32}, chip, 8) == pytest.approx(max(within, between))
+
+
+@pytest.mark.parametrize("rows", [8, 24, 48, 64, 128])
+def test_the_largest_batch_is_found_where_a_compiler_only_refuses(rows):
+    """However far beyond it the batch is that was asked for."""
+    config = load_config("debug", "task=pretrain")
+    config.data.batch_size = 8 * rows
+    this = planned.prepare(config, table.make_task, like("v5e"), 0, 2)
+
+    def again(clips):
+        trouble = "RESOURCE_EXHAUSTED" if clips > 20 else ""
+        return this, planned.Compiled(trouble, 2**28, clips * 2**29, Bytes(1.0))
+
+    assert this.rows == rows
+    assert plan.largest_batch(this, again) == 20
+
+
+def test_flags_of_the_compiler_make_another_program(cpus, monkeypatch, tmp_path):
+    monkeypatch.setattr(storage, "cache", lambda: tmp_path)
+    this = planned.prepare(load_config("debug", "task=pretrain"), table.make_task, cpus, 0, 2)
+    for flags in ("", "", "--xla_cpu_enable_fast_math=false"):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        planned.compile_step(this)
+    assert len(list((tmp_path / "plans").glob("*.json"))) == 2
+
+
+def test_a_chip_of_which_only_the_peak_is_known_has_one_bound(cpus):
+    this = planned.prepare(load_config("debug", "task=pretrain"), table.make_task, cpus, 0, 2)
+    this = dataclasses.replace(this, topology=this.topology._replace(chip=hardware.chip_of("NVIDIA L40S")))
+    assert set(planned.bounds(this, planned.Compiled("", 1, 1, Bytes(1.0)))) == {"matmuls"}
 
 
 def test_what_does_not_compile_is_a_result():

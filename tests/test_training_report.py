@@ -72,9 +72,12 @@ def test_the_first_step_is_not_throughput(tmp_path):
     log.waited(0.02)
     log.step(2, METRICS, {})
     log.step(3, METRICS, {})
+    time.sleep(0.3)  # what ends a run: no step of it
     totals = log.totals()
     log.close()
     assert totals["clips_per_second"] > 20 / 0.3
+    (line,) = lines(tmp_path)
+    assert line["clips_per_second"] > 20 / 0.3  # no compiling in the first line either
     assert totals["data_wait"] < 0.5
 
 
@@ -132,7 +135,15 @@ def test_use_of_a_known_device(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "tflops"), [("NVIDIA H200", 989), ("TPU v5 lite", 197), ("TPU v5p", 459), ("cpu", None)]
+    ("kind", "tflops"),
+    [
+        ("NVIDIA H200", 989),
+        ("TPU v5 lite", 197),
+        ("TPU v5p", 459),
+        ("cpu", None),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+    ],
 )
 def test_peaks(kind, tflops):
     assert hardware.peak_flops(kind) == (tflops and tflops * 1e12)

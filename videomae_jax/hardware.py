@@ -41,7 +41,13 @@ CHIPS = {
 }
 """Those that `plan` compiles for."""
 
-_OTHERS = (Chip(("NVIDIA H100 PCIe",), 756e12), Chip(("NVIDIA L4",), 121e12))
+_OTHERS = (
+    Chip(("NVIDIA H100 PCIe",), 756e12),
+    Chip(("NVIDIA H100 NVL",), 835e12),
+    Chip(("NVIDIA L4",), 121e12),
+    Chip(("NVIDIA L40",), 181e12),
+    Chip(("NVIDIA L40S",), 362e12),
+)
 
 
 def chip_of(device_kind: str) -> Chip | None:

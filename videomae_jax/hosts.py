@@ -197,6 +197,13 @@ class Interrupt:
             signal.signal(signal.SIGTERM, self._before)
 
 
+def _process_space() -> str:
+    """What process numbers count in; "" where that is not known."""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
 class Lock:
     """A file that says which process works here; use it as a context manager, before anything is written.
 
@@ -241,6 +248,7 @@ class Lock:
 
     def _take(self) -> bool:
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        mine["space"] = _process_space()
         mine["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
         self._text = json.dumps(mine)
         if storage.is_remote(self.path):  # no exclusive creation there: of several the last one has it
@@ -266,7 +274,9 @@ class Lock:
             return None
         except ValueError:  # being written, or cut off
             other, age = {}, self._now() - storage.modified(self.path)
-        if other.get("host") == socket.gethostname():
+        # Containers may share a name and see none of each other's processes.
+        is_here = other.get("host") == socket.gethostname()
+        if is_here and other.get("space", _process_space()) == _process_space():
             return other if other.get("started") == _started(other["pid"]) else None
         return other if age < self._STALE else None
 

@@ -152,10 +152,18 @@ class Growing:
         return self
 
     def push(self, now: bool = False) -> None:
-        """Copies what has changed, if it is time to, or `now`."""
+        """Copies what has changed, if it is time to, or `now`; what failed without `now` is tried again."""
         is_due = now or time.monotonic() - self._last >= self.EVERY
         if self._local is None or not self._is_writer or not is_due:
             return
+        self._last = time.monotonic()
+        try:
+            self._copy()
+        except Exception:  # each store's client has its own
+            if now:
+                raise
+
+    def _copy(self) -> None:
         for file in (path for path in sorted(self.folder.rglob("*")) if path.is_file()):
             state = _state(file)
             if self._copied.get(file) != state:
@@ -163,7 +171,6 @@ class Growing:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _upload(file, target)
                 self._copied[file] = state
-        self._last = time.monotonic()
 
     def __exit__(self, *_exception: object) -> None:
         """Copies the rest."""

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from videomae_jax import hardware, hosts, pages, storage
-from videomae_jax.data import decode, prepared, processes, reading
+from videomae_jax.data import decode, prepared, processes, reading, scenes
 from videomae_jax.models import attention
 from videomae_jax.storage import Place
 
@@ -175,7 +175,11 @@ def _folder(workdir: Place) -> Iterator[tuple[str, str]]:
 
 
 def _data(path: str) -> Iterator[tuple[str, str]]:
-    source = prepared.open_source(path, "train")
+    source = (
+        scenes.open_scenes(path, "train")
+        if scenes.has_boxes(path)
+        else prepared.open_source(path, "train", head="")
+    )
     text = f"{path}: {len(source)} training videos, {len(source.classes)} classes"
     if prepared.is_prepared(path):
         manifest = prepared.read_manifest(path)

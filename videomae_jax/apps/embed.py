@@ -216,7 +216,7 @@ def _write_arrays(parts: dict[str, pathlib.Path], path: pathlib.Path) -> None:
     counts = [len(_column(part, "start")) for part in parts.values()]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         ids = np.repeat(np.array(list(parts)), counts)
-        with archive.open("id.npy", "w") as file:
+        with archive.open("id.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array(file, ids)
         for name in ("start", "end", "features"):
             first = _column(next(iter(parts.values())), name)

@@ -60,7 +60,7 @@ def run(
     if out and target.suffix not in SUFFIXES:
         raise UserError(f"--out={out} has an unknown suffix: use {', '.join(SUFFIXES)}")
     if out:
-        videos.make_room(target)
+        videos.make_room(target, paths)
     named = videos.find(paths, options.split)
     model = weights.read(checkpoint, options.hints)
     if isinstance(model, ActionDetector):
@@ -120,6 +120,8 @@ def _each(
             classification.check_finite(outputs.reshape(1, -1), [video.name], checkpoint)
             scores = classification.merge_views(outputs[None], model.config.head)[0]
             best = np.argsort(-scores, kind="stable")[:top]
+            if model.config.head == "regression":  # values, not classes: all of them, in their order
+                best = np.arange(len(scores))
             row["classes"] = [{"name": names[place], "score": float(scores[place])} for place in best]
         else:
             row["error"] = made["error"]

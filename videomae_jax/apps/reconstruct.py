@@ -229,7 +229,7 @@ def run(
         raise UserError(f"--out={out} has an unknown suffix: use {', '.join(SUFFIXES)}")
     if hints.stride == 0 or mask_ratio < 0 or not mask_ratio < 1:
         raise UserError("--stride must be at least 1 and --mask_ratio between 0 and 1")
-    videos.make_room(path)
+    videos.make_room(path, [video])
     model = weights.read(checkpoint, hints)
     if not isinstance(model, VideoMAE):
         kind = "detector" if isinstance(model, ActionDetector) else "classifier"

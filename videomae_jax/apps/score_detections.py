@@ -41,6 +41,8 @@ def run(truth: str, found: str, classes: str, excluded: str, out: str) -> dict[s
             raise UserError(f"{path} has no box in it: nothing can be scored")
     left_out = {number[frame] for frame in skipped if frame in number}
     annotated = true.frames - left_out
+    if not annotated:
+        raise UserError(f"{excluded} leaves out every frame of {truth}: nothing can be scored")
     if not annotated & guessed.frames:
         names = {place: frame for frame, place in number.items()}
         first = names.get(min(annotated, default=-1), "?")
@@ -50,6 +52,8 @@ def run(truth: str, found: str, classes: str, excluded: str, out: str) -> dict[s
         )
     kept = [side.boxes.of(~np.isin(side.boxes.frames, list(left_out))) for side in (true, guessed)]
     precisions = detection.average_precisions(kept[0], kept[1], np.array(sorted(actions)))
+    if all(value is None for value in precisions.values()):
+        raise UserError(f"{truth} has no box of the classes in {classes}: nothing can be scored")
     result = {
         "mAP": detection.mean(precisions),
         "classes": {str(action): value for action, value in precisions.items()},

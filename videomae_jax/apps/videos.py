@@ -105,14 +105,16 @@ def _sources(path: str, split: str) -> dict[str, Source]:
     if not there:
         if split != "all":
             raise UserError(f"{path} is not divided: leave --split={split} out")
-        return {"": prepared.open_source(path, "train")}
+        return {"": prepared.open_source(path, "train", head="")}
     wanted = there if split == "all" else [split]
     if not set(wanted) <= set(there):
         raise UserError(f"{path} has no part {split}: it has {', '.join(there)}")
-    return {f"{part}/" if len(wanted) > 1 else "": prepared.open_source(path, part) for part in wanted}
+    return {
+        f"{part}/" if len(wanted) > 1 else "": prepared.open_source(path, part, head="") for part in wanted
+    }
 
 
-def make_room(target: Place) -> None:
+def make_room(target: Place, inputs: Sequence[str] = ()) -> None:
     """Makes the folder of a file that will be written, and sees that it can be.
 
     Raises:
@@ -128,3 +130,7 @@ def make_room(target: Place) -> None:
         raise UserError(f"--out={target} cannot be written ({reason}): choose another") from None
     if target.is_dir():
         raise UserError(f"--out={target} is a folder: name a file")
+    if any(
+        os.path.exists(path) and os.path.exists(target) and os.path.samefile(path, target) for path in inputs
+    ):
+        raise UserError(f"--out={target} is what is read: name another file")

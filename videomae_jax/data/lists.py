@@ -60,7 +60,9 @@ def from_csv(
             )
         some = ", ".join(video for _, video in absent[:10]) + (", ..." if len(absent) > 10 else "")
         notes = (f"{text}: left out as allowed: {some}",)
-    shared = {"notes": notes, "absent": tuple(video for _, video in absent), "head": head}
+    shared = {"notes": notes, "absent": tuple(video for _, video in absent), "head": head or "softmax"}
+    if not head:  # labels of any kind, and nobody asks for them
+        return VideoSource(folder, ids, columns.numbers([-1] * len(ids)), **shared)
     if head != "softmax":
         classes, targets = (_numbers if head == "regression" else _multi_hot)(path, lines, labels)
         return VideoSource(folder, ids, columns.numbers([-1] * len(ids)), classes, targets, **shared)

@@ -7,6 +7,7 @@ replaced and nothing is raised inside the pipeline, where it would silently end 
 import dataclasses
 import functools
 import os
+import signal
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -442,4 +443,5 @@ def loader_size(workers: int, threads: int, cores: int, batch_bytes: int, limit:
 
 
 def _start_worker(parent: int, _worker: int, _workers: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a whole group: the trainer says when it ends
     processes.die_with_parent(parent)

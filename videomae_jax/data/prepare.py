@@ -413,6 +413,10 @@ def run(
     manifest = finished(job, retry_failed)
     if manifest is not None:
         return manifest
+    if retry_failed:  # also before the folder was ever finished
+        for shard in job.shards()[part[0] :: part[1]]:
+            if job.report(shard).exists() and _report(job, shard)["failed"]:
+                job.report(shard).unlink()
     shards = pending(job, *part)
     if shards:
         write(job, shards, encoders)

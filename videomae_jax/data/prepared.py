@@ -29,6 +29,7 @@ from videomae_jax.data.sources import (
     Record,
     Source,
     SourceError,
+    beside_parts,
     from_folder,
     split_part,
 )
@@ -301,7 +302,12 @@ def open_source(
             f"{path} is no list: data.root and data.allow_missing are for lists, leave them out"
         )
     source = open_prepared(path, split) if is_prepared(path) else from_folder(place)
-    if source.head != head and (source.targets or head != "softmax"):
+    beside = beside_parts(path) if place != epath.Path(path) and split == "train" else []
+    if beside:
+        some = ", ".join(beside[:8])
+        note = f"{path}: {len(beside)} entries with videos beside its parts ({some}): left out"
+        source = dataclasses.replace(source, notes=(*source.notes, note))
+    if head and source.head != head and (source.targets or head != "softmax"):
         what = f"is prepared for {source.head}" if source.targets else "has at most one class for each video"
         raise SourceError(f"{path} {what}, not for head.kind={head}, which needs a CSV list of such labels")
     return source

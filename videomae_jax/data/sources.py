@@ -168,6 +168,20 @@ def split_part(path: str, split: str) -> epath.Path | None:
     return None
 
 
+def beside_parts(path: str) -> list[str]:
+    """Videos, and folders with some, that a folder divided into subfolders has beside its parts."""
+    return [
+        name
+        for name, is_folder in sorted(_entries(path))
+        if not name.startswith(".")
+        and (
+            not part_of(name) and next(videos_below(f"{path}/{name}"), None) is not None
+            if is_folder
+            else os.path.splitext(name)[1].lower() in SUFFIXES
+        )
+    ]
+
+
 def _is_list(name: str, is_folder: bool) -> bool:
     return not is_folder and os.path.splitext(name)[1].lower() in _LIST_SUFFIXES
 

@@ -161,8 +161,8 @@ def _mask(plan: Runs) -> Question:
                 "tube, 0.9",
                 "random, 0.9",
                 "69.6 against 68.3",
-                "Where people hardly move, a place that is seen at another time gives the answer away. A digit "
-                "has left it by then, so it must be followed all the same, and is seen in more places.",
+                "Where people hardly move, a place that is seen at another time gives the answer away. A "
+                "digit has left it by then, so it must be followed all the same, and is seen in more places.",
             ),
             Claim(
                 "tube masking beats frame masking",

@@ -39,6 +39,8 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        # It would ask JAX with the numbers of steps, and JAX has one counter, which is `hosts.Interrupt`'s.
+        self._manager.reached_preemption = lambda step: False
 
     @property
     def latest_step(self) -> int | None:

@@ -127,6 +127,12 @@ def _claim(workdir: Place, config: Config, source: Source) -> None:
     path = workdir / "config.json"
     ours = identity(config, source)
     if export.newest_step(workdir / "checkpoints") is None:
+        # A session that ended has left both a summary and a checkpoint.
+        if (workdir / "summary.json").exists():
+            raise UserError(
+                f"{workdir} holds the results of a run whose checkpoints are gone: use another --workdir, or "
+                f"remove it"
+            )
         if hosts.is_writer():  # nothing saved yet, nothing to protect
             storage.remove_tree(workdir / "best")
             report.write_json(path, ours)

@@ -36,9 +36,22 @@ def largest_batch(planned: Planned, again: Callable[[int], tuple[Planned, Compil
 
     low = max(planned.rows // 2 // unit * unit, unit)
     high = max(planned.rows, 2 * unit)
-    few, many = needs(low), needs(high)
-    if not math.isfinite(few + many):
-        return low if few <= chip.memory else 0
+    few = needs(low)
+    while few > chip.memory and low > unit:
+        high, low = low, max(low // 2 // unit * unit, unit)
+        few = needs(low)
+    if few > chip.memory:
+        return 0
+    many = needs(high)
+    while not math.isfinite(many) and high - low >= 2 * unit:  # a compiler that says no says not how much
+        middle = (low + high) // 2 // unit * unit
+        size = needs(middle)
+        if size <= chip.memory:
+            low, few = middle, size
+        else:
+            high, many = middle, size
+    if not math.isfinite(many):
+        return low
     each = (many - few) / (high - low)
     guess = int((chip.memory - few) / each + low) // unit * unit
     step = max(guess // 16 // unit, 1) * unit

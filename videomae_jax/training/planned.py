@@ -9,8 +9,10 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -166,7 +168,8 @@ def compile_step(planned: Planned) -> Compiled:
         _FORMAT,
         planned.topology.name,
         jax.__version__,
-        importlib.metadata.version("jaxlib"),
+        *_versions(),
+        *(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")),
         lowered.as_text(),
     ]
     key = hashlib.sha256("\n".join(described).encode()).hexdigest()
@@ -184,6 +187,12 @@ def compile_step(planned: Planned) -> Compiled:
     path.parent.mkdir(parents=True, exist_ok=True)
     report.write_json(path, dataclasses.asdict(found))
     return found
+
+
+def _versions() -> Iterator[str]:
+    """Of what compiles, as far as it is installed."""
+    for name in ("jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt"):
+        yield from (found.version for found in importlib.metadata.distributions(name=name))
 
 
 def _compiled(lowered: Any) -> Any:
@@ -243,22 +252,29 @@ class _Progress:
 def link_seconds(found: tuple[Collective, ...], mesh_shape: dict[str, int], chip: Chip, host: int) -> float:
     """Seconds of a step's exchange, one after the other, by ring algorithms at full bandwidth.
 
+    A group in several machines exchanges within each at the same time as between them, where each of its
+    devices in a machine carries its share.
+
     Args:
         host: devices that share fast links; all of a TPU slice do.
     """
-    axes, total = tuple(mesh_shape), 0.0
+    sizes, total = tuple(mesh_shape.values()), 0.0
+    # An axis spans those to its right in the mesh, which are nearer neighbours.
+    apart = {axis: math.prod(sizes[place + 1 :]) for place, axis in enumerate(mesh_shape)}
     for collective in found:
         devices = math.prod(mesh_shape[axis] for axis in collective.axes)
-        if devices == 1:
-            continue
-        # An axis spans those to its right in the mesh, which are nearer neighbours.
-        outermost = min(axes.index(axis) for axis in collective.axes)
-        is_near = math.prod(tuple(mesh_shape.values())[outermost:]) <= host
-        rounds = {"all-reduce": 2 * (devices - 1) / devices, "collective-permute": 1.0}
-        share = rounds.get(collective.kind, (devices - 1) / devices)
-        bandwidth = chip.near_bandwidth if is_near else chip.far_bandwidth
-        total += collective.times * share * collective.bytes / bandwidth
+        inner = math.prod(max(1, min(mesh_shape[axis], host // apart[axis])) for axis in collective.axes)
+        doors = 1 if collective.kind == "collective-permute" else inner
+        within = _ring_share(collective.kind, inner) / chip.near_bandwidth
+        between = _ring_share(collective.kind, devices // inner) / (doors * chip.far_bandwidth)
+        total += collective.times * collective.bytes * max(within, between)
     return total
+
+
+def _ring_share(kind: str, devices: int) -> float:
+    """How often a ring of so many devices sends the bytes of a collective."""
+    shares = {"all-reduce": 2 * (devices - 1) / devices, "collective-permute": float(devices > 1)}
+    return shares.get(kind, (devices - 1) / devices)
 
 
 def bounds(planned: Planned, compiled: Compiled) -> dict[str, float]:
@@ -268,10 +284,10 @@ def bounds(planned: Planned, compiled: Compiled) -> dict[str, float]:
         return {}
     # What is computed again: all of the forward pass, a third of the whole.
     flops = planned.task.flops_per_clip() * (4 / 3 if config.model.remat == "full" else 1)
+    found = {"matmuls": chip.flops / flops}
+    if not chip.bandwidth:  # nothing else is known of it
+        return found
+    found["memory"] = chip.bandwidth * planned.share / compiled.traffic.memory
     near = chip.near if planned.topology.platform == "tpu" else planned.topology.host
     exchange = link_seconds(compiled.collectives, dict(planned.mesh.shape), chip, near)
-    found = {
-        "matmuls": chip.flops / flops,
-        "memory": chip.bandwidth * planned.share / compiled.traffic.memory,
-    }
     return found | ({"links": planned.share / exchange} if exchange else {})

@@ -214,12 +214,15 @@ class Report:
         self._window_steps += 1
         self._bar.update()
         now = time.perf_counter()
+        is_logged = step % self.every == 0 or step == self.total or bool(validated)
         if self._steps == 1:  # what the first step compiles says nothing about speed
             self._start, self._waited = now, 0.0
+            if not is_logged:  # else it is all that its line can tell
+                self._window_start, self._window_steps, self._window_waited = now, 0, 0.0
         else:
             self._step_seconds.append(now - self._before)
         self._before = now
-        if step % self.every and step != self.total and not validated:
+        if not is_logged:
             return
         seconds = max(now - self._window_start, 1e-9)
         clips_per_second = self._window_steps * self.batch_size / seconds
@@ -282,7 +285,7 @@ class Report:
         """clips_per_second and data_wait (share of time) after the first step of this process, if any."""
         if self._steps < 2:
             return {}
-        seconds = max(time.perf_counter() - self._start, 1e-9)
+        seconds = max(self._before - self._start, 1e-9)  # to the last step: what ends a run is not its speed
         return {
             "clips_per_second": (self._steps - 1) * self.batch_size / seconds,
             "data_wait": self._waited / seconds,
