@@ -139,11 +139,22 @@ def test_excluded_frames_and_times_as_they_are_written(tmp_path):
         ({"classes": "1,run\n1,sit\n"}, SourceError, "stands there twice"),
         ({"classes": "item { id: 3 }"}, SourceError, "has no id or name"),
         ({"excluded": "a\n"}, SourceError, "excluded.csv line 1: expected video,time"),
+        ({"excluded": "a,1\na,2\nb,3\n"}, UserError, "excluded.csv leaves out every frame of .*truth.csv"),
+        ({"classes": "7,jump\n"}, UserError, "truth.csv has no box of the classes in .*classes.pbtxt"),
     ],
 )
 def test_files_that_are_refused(tmp_path, change, error, message):
     with pytest.raises(error, match=message):
         score(tmp_path, **{"found": "a,1,0.1,0.1,0.5,0.5,1,0.5\n"} | change)
+
+
+def test_the_truth_is_not_written_over(tmp_path):
+    (tmp_path / "truth.csv").write_text(TRUTH)
+    (tmp_path / "classes.pbtxt").write_text(CLASSES)
+    names = [str(tmp_path / name) for name in ("truth.csv", "truth.csv", "classes.pbtxt")]
+    with pytest.raises(UserError, match=r"truth\.csv is what is read: name another file"):
+        score_detections.run(*names, "", names[0])
+    assert (tmp_path / "truth.csv").read_text() == TRUTH
 
 
 def test_rows_know_their_frame():

@@ -12,13 +12,14 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, load_config
+from conftest import ROOT, load_config, mesh_of, task_of
 from flax import nnx
 
 import videomae_jax as vm
 from videomae_jax import hosts, sharding
 from videomae_jax.config import UserError
 from videomae_jax.data import prepared
+from videomae_jax.training import checkpoint, step, trainer
 
 STEPS, DEVICES = 16, 4
 
@@ -343,6 +344,21 @@ def test_hosts_stop_together_also_in_a_resumed_run(monkeypatch):
             for _step in range(2):
                 interrupt.is_due()
     assert asked == [1, 2, 3, 4]
+
+
+def test_saving_does_not_move_the_number_by_which_hosts_stop(tmp_path, monkeypatch):
+    """JAX has one; Orbax would ask with the number of the step, and no later question would be answered."""
+    asked: list[int] = []
+    monkeypatch.setattr(
+        hosts.multihost_utils, "reached_preemption_sync_point", lambda number: bool(asked.append(number))
+    )
+    config = load_config("debug", "task=pretrain")
+    state, _ = step.init_state(trainer.recipe(config, task_of(config)), mesh_of(1), 0)
+    with checkpoint.Checkpoints(tmp_path, 1, 0) as checkpoints:
+        checkpoints.save(state, {})
+        checkpoints.wait()
+    assert (tmp_path / "checkpoints" / "0").is_dir()
+    assert asked == []
 
 
 @pytest.mark.parametrize(

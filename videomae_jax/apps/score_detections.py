@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from videomae_jax import storage
+from videomae_jax.apps import videos
 from videomae_jax.config import UserError
 from videomae_jax.data import boxes
 from videomae_jax.evaluation import detection
@@ -26,8 +27,7 @@ def run(truth: str, found: str, classes: str, excluded: str, out: str) -> dict[s
         UserError: a file without a box, or annotations whose boxes are none.
         SourceError: files that are not understood, by line.
     """
-    if trouble := storage.trouble(storage.at(out).parent):
-        raise UserError(f"{trouble}: choose another --out")
+    videos.make_room(storage.at(out), [truth, found, classes, excluded])
     actions = boxes.read_actions(classes)
     skipped = boxes.read_frames(excluded) if excluded else set()
     number: dict[tuple[str, int], int] = {}

@@ -118,7 +118,7 @@ def make_room(target: Place, inputs: Sequence[str] = ()) -> None:
     """Makes the folder of a file that will be written, and sees that it can be.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot, or it is one of `inputs`.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
