@@ -12,14 +12,15 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
 
 find_python() {
-  local candidate
-  for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
+  local candidate candidates=(python3 python3.13 python3.12 python3.11)
+  [[ -n "${PYTHON:-}" ]] && candidates=("$PYTHON")
+  for candidate in "${candidates[@]}"; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "launch/local.sh: no Python 3.11, 3.12 or 3.13 found: install one, or name it with PYTHON=..." >&2
+  echo "launch/local.sh: ${candidates[*]}: no Python 3.11, 3.12 or 3.13: install one, or name it with PYTHON=..." >&2
   exit 2
 }
 

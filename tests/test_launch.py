@@ -223,6 +223,16 @@ def test_local_starts_processes_as_hosts(stand_in, project, word, status):
     assert sorted(calls) == expected
 
 
+def test_a_named_interpreter_is_the_one_or_refused(project):
+    """Also with a space in its path; never another one in its place."""
+    (project / ".venv" / ".installed").unlink()
+    words, env = [project / "launch" / "local.sh", "doctor"], {**os.environ, "PYTHON": "/nowhere/my python"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "/nowhere/my python: no Python 3.11, 3.12 or 3.13" in done.stderr
+    assert "making" not in done.stdout
+
+
 def test_local_hands_on_sigterm(project):
     words = [project / "launch" / "local.sh", "--processes=2", "train", "wait"]
     env = {**os.environ, "FOLDER": str(project)}
