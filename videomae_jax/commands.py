@@ -66,12 +66,10 @@ def _hints_flags(values: flags.FlagValues) -> None:
     text("classes", "", help_text, flag_values=values)
 
 
-def _stride_flag(values: flags.FlagValues, zero: str = "") -> None:
+def _stride_flag(values: flags.FlagValues, *, takes_zero: bool) -> None:
+    zero = ", 0: one of each equal part" if takes_zero else ""
     help_text = f"Frames from one frame of a clip to the next{zero}; default as trained."
     flags.DEFINE_integer("stride", None, help_text, flag_values=values)
-
-
-_ZERO = ", 0: one of each equal part"
 
 
 def _hints(values: Any) -> Any:
@@ -139,7 +137,7 @@ def _reconstruct_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float("start", -1.0, help_text, flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of the mask.", flag_values=values)
     _hints_flags(values)
-    _stride_flag(values)
+    _stride_flag(values, takes_zero=False)
 
 
 def _embed(values: Any, arguments: list[str], _started: float) -> None:
@@ -163,7 +161,7 @@ def _embed_flags(values: flags.FlagValues) -> None:
     number("batch", 8, "Windows at once.", flag_values=values)
     flags.DEFINE_string("split", "all", _SPLIT_HELP, flag_values=values)
     _hints_flags(values)
-    _stride_flag(values)
+    _stride_flag(values, takes_zero=False)
 
 
 def _predict(values: Any, arguments: list[str], _started: float) -> None:
@@ -186,7 +184,7 @@ def _predict_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", "", "File to write too: .json, .csv or .parquet.", flag_values=values)
     flags.DEFINE_string("split", "all", _SPLIT_HELP, flag_values=values)
     _hints_flags(values)
-    _stride_flag(values, _ZERO)
+    _stride_flag(values, takes_zero=True)
     number("top", 5, "Classes to name.", flag_values=values)
     number("segments", 5, "Clips spread over the video.", flag_values=values)
     number("crops", 3, "Crops of each clip.", flag_values=values)
@@ -209,7 +207,7 @@ def _convert_flags(values: flags.FlagValues) -> None:
     help_text = "Positions for other clip sizes: recompute (published) or interpolate."
     flags.DEFINE_string("position_resize", "recompute", help_text, flag_values=values)
     _hints_flags(values)
-    _stride_flag(values, _ZERO)
+    _stride_flag(values, takes_zero=True)
 
 
 def _prepare(values: Any, arguments: list[str], _started: float) -> None:
