@@ -35,7 +35,7 @@ size=tiny, data=moving_shapes: minutes on two CPU cores after configs/small.py.
 """
 
 from videomae_jax import config
-from videomae_jax.models import vit
+from videomae_jax.models import detector, vit
 
 # (size, start): lr, layer decay, epochs
 _ROWS = {
@@ -48,7 +48,6 @@ _ROWS = {
     ("huge", "pretrained"): (5e-4, 0.8, 20),
     ("huge", "finetuned"): (5e-4, 0.8, 20),
 }
-_OFFICIAL = ((122.7717 / 255, 115.9465 / 255, 102.9801 / 255), (57.375 / 255,) * 3)
 
 
 def get_config(arg: str | None = None):
@@ -72,7 +71,7 @@ def get_config(arg: str | None = None):
     c.optim.update(betas=(0.9, 0.999), warmup=5, min_lr=1e-6)
     c.evaluate.every, c.checkpoint.every = 10, 1
     if arg.normalise == "official":
-        c.model.update(pixel_mean=_OFFICIAL[0], pixel_std=_OFFICIAL[1])
+        c.model.update(pixel_mean=detector.PUBLISHED_MEAN, pixel_std=detector.PUBLISHED_STD)
     if arg.size == "tiny":
         _tiny(c)
         return c

@@ -1,5 +1,6 @@
 """PyTorch weights in and out: published numbers, bit-exact round trips, files that are not what they say."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import official
 import pytest
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +19,8 @@ from safetensors.numpy import load_file, save_file
 import videomae_jax as vm
 from videomae_jax.interop import export, torch_weights, weights
 from videomae_jax.models import positions, vit
+from videomae_jax.models.detector import ActionDetector
+from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
 
 HEADS = {"num_heads": 3, "decoder_num_heads": 2}
 
@@ -427,7 +431,8 @@ def test_what_files_do_not_tell(golden, tmp_path):
     ):
         weights.read_stride(file, weights.Hints(num_heads=3))
     for count, stride in ((174, 0), (400, 4), (710, 4), (51, 2), (101, 4)):
-        assert weights.published_stride(count) == stride
+        many = dataclasses.replace(model.config, classes=tuple(map(str, range(count))))
+        assert weights.published_stride(many) == stride
     weights.convert(str(file), str(tmp_path / "orbax"), "orbax", hints=hints)
     assert weights.read_recipe(tmp_path / "orbax")["stride"] == 2
     assert vm.load(tmp_path / "orbax").config.classes == hints.classes
@@ -435,18 +440,94 @@ def test_what_files_do_not_tell(golden, tmp_path):
         weights.read(tmp_path / "orbax", weights.Hints(num_heads=6))
 
 
-def test_a_published_detector_is_not_taken_for_a_classifier(golden, tmp_path):
+def a_classifier(**changes) -> VideoClassifier:
+    fields = {
+        "clip_size": (4, 32, 32),
+        "tubelet": (2, 8, 8),
+        "pixel_mean": (0.485, 0.456, 0.406),
+        "pixel_std": (0.229, 0.224, 0.225),
+        "encoder": vit.Stack(32, 1, 2, 64),
+        "classes": ("calm", "loud"),
+        "final_norm_epsilon": 1e-5,  # as Hugging Face has it
+        "head_scale": 1.0,
+    }
+    return VideoClassifier(ClassifierConfig(**fields | changes), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "change", [{"head": "multilabel"}, {"head": "regression"}, {"pixel_mean": (0.5,) * 3}, {}]
+)
+def test_a_model_is_read_as_it_was_written_or_not_written(change, rng, tmp_path):
+    """Kind of head, normalisation and stride: a folder tells them, an official file those as published."""
+    model = a_classifier(**change)
+    vm.export_torch(model, tmp_path / "hf", stride=3)
+    again = weights.read(tmp_path / "hf", weights.Hints())
+    video = jnp.asarray(rng.integers(0, 256, (1, 4, 32, 32, 3), np.uint8))
+    np.testing.assert_allclose(again(video), model(video), rtol=1e-5)
+    assert again.config.head == model.config.head
+    assert weights.read_stride(tmp_path / "hf", weights.Hints()) == 3
+    if change:
+        with pytest.raises(torch_weights.WeightsError, match="the official layout cannot tell"):
+            vm.export_torch(model, tmp_path / "x.safetensors", "official")
+    else:
+        vm.export_torch(model, tmp_path / "x.safetensors", "official")
+    assert (tmp_path / "x.safetensors").exists() == (not change)
+
+
+def test_an_interpolated_table_is_in_no_layout(tmp_path):
+    model = a_classifier(position_resize="interpolate", position_grid=(2, 2, 2))
+    for layout, name in (("hf", "hf"), ("official", "x.safetensors")):
+        with pytest.raises(torch_weights.WeightsError, match=r"interpolated from a grid of \(2, 2, 2\)"):
+            vm.export_torch(model, tmp_path / name, layout)
+        assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"image_mean": [0.5, None, 0.5]}, "is damaged"),
+        ({"do_normalize": False}, "takes normalised pixels"),
+        ([], "is damaged"),
+    ],
+)
+def test_a_preprocessor_that_makes_no_sense(golden, told, message, tmp_path):
+    shutil.copytree(golden / "hf_classify", tmp_path / "hf")
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(told))
+    with pytest.raises(export.ExportError, match=message):
+        vm.load(tmp_path / "hf")
+
+
+def test_a_published_detector_is_read_as_one(golden, tmp_path):
     """The same names as a classifier of the first token has, and a head of AVA's 80 actions."""
+    rng = np.random.default_rng(0)
     tensors = load_file(golden / "finetune_weights.safetensors")
-    tensors = {name.replace("fc_norm.", "norm."): value for name, value in tensors.items()}
     width = tensors["head.weight"].shape[1]
     for classes in (80, 81):
         tensors |= {
-            "head.weight": np.zeros((classes, width), np.float32),
-            "head.bias": np.zeros(classes, np.float32),
+            "head.weight": rng.normal(size=(classes, width)).astype(np.float32),
+            "head.bias": rng.normal(size=classes).astype(np.float32),
         }
-        save_file(tensors, tmp_path / f"{classes}.safetensors")
-    with pytest.raises(torch_weights.WeightsError, match="those of the published detectors of AVA"):
-        vm.load(tmp_path / "80.safetensors", num_heads=3)
-    model = vm.load(tmp_path / "81.safetensors", num_heads=3)
-    assert model.config.pooling == "first"
+        named = {name.replace("fc_norm.", "norm."): value for name, value in tensors.items()}
+        save_file(named, tmp_path / f"{classes}.safetensors")
+        if classes == 80:
+            params = jax.tree.map(jnp.asarray, official.to_params(tensors))
+    hints = weights.Hints(num_heads=3, clip_size=(16, 64, 64))
+    assert weights.read(tmp_path / "81.safetensors", hints).config.pooling == "first"
+    model = weights.read(tmp_path / "80.safetensors", hints)
+    assert isinstance(model, ActionDetector)
+    assert model.config.classes[::79] == ("1", "80")
+    assert (model.config.bins, model.config.aligned) == (7, False)
+    assert weights.read_recipe(tmp_path / "80.safetensors", hints) == {"stride": 4, "test_short": 256}
+    # A frame in its own shape, which has another grid than the clips of its training.
+    video = jnp.asarray(rng.integers(0, 256, (1, 16, 64, 96, 3), np.uint8))
+    boxes = jnp.array([[[3.0, 5.0, 40.0, 60.0], [50.0, 0.0, 95.0, 63.0]]])
+    mean, std = np.array([122.7717, 115.9465, 102.9801]), 57.375
+    pixels = jnp.asarray((video - mean) / std, jnp.float32)
+    expected = nnx.merge(nnx.graphdef(model), params).logits(pixels, boxes)
+    np.testing.assert_allclose(model.logits(model.normalized(video), boxes), expected, rtol=1e-4, atol=1e-4)
+    recomputed = weights.read(tmp_path / "80.safetensors", hints, "recompute")
+    assert np.abs(recomputed.logits(pixels, boxes) - expected).max() > 1e-2
+    weights.convert(str(tmp_path / "80.safetensors"), str(tmp_path / "export"), "orbax", hints=hints)
+    np.testing.assert_array_equal(vm.load(tmp_path / "export").logits(pixels, boxes), expected)
+    with pytest.raises(torch_weights.WeightsError, match="80 actions, their names are 2"):
+        vm.load(tmp_path / "80.safetensors", num_heads=3, classes=("sit", "run"))

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from conftest import load_config, mesh_of, task_of
 from flax import nnx
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
 
 import videomae_jax as vm
 from videomae_jax.apps import predict, reconstruct, score_detections
 from videomae_jax.config import UserError
 from videomae_jax.data import decode, scenes
 from videomae_jax.data.sources import SourceError
-from videomae_jax.interop import transfer, weights
-from videomae_jax.models import heads, mae, vit
+from videomae_jax.interop import torch_weights, transfer, weights
+from videomae_jax.models import detector, heads, mae, vit
 from videomae_jax.models.detector import ActionDetector, DetectorConfig
 from videomae_jax.models.layout import WHOLE
 from videomae_jax.models.views import shift_hsv
@@ -315,8 +317,8 @@ def test_weights_that_cannot_be_tested(trained, boxed, tmp_path):
     config.data.path = str(tmp_path / "data")
     with pytest.raises(UserError, match="knows 10 actions"):
         table.evaluate_weights(config, tmp_path / "out", str(trained[0]), weights.Hints())
-    with pytest.raises(UserError, match="takes none of --classes"):
-        table.evaluate_weights(config, tmp_path / "out", str(trained[0]), weights.Hints(stride=3))
+    with pytest.raises(ValueError, match="its num_heads is 2, not 4"):
+        table.evaluate_weights(config, tmp_path / "out", str(trained[0]), weights.Hints(num_heads=4))
     how = {"statistics": "", "mask": "tube", "mask_ratio": 0.5, "start": 0.0, "seed": 0}
     with pytest.raises(UserError, match="holds a detector, which reconstructs nothing"):
         reconstruct.run("x", str(trained[0]), str(tmp_path / "x.gif"), **how, hints=weights.Hints())
@@ -325,3 +327,34 @@ def test_weights_that_cannot_be_tested(trained, boxed, tmp_path):
         predict.run([video], str(trained[0]), "", predict.Options(), print)
     with pytest.raises(ValueError, match="PyTorch layouts have no detector"):
         vm.export_torch(vm.load(trained[0]), tmp_path / "hf")
+
+
+def test_a_published_detector_is_tested_by_the_numbers_of_its_actions(boxed, tmp_path, monkeypatch):
+    """From a file of 80 actions without names, and from our own export of the same weights."""
+    shutil.copytree(boxed, tmp_path / "data")
+    lines = (boxed / "classes.csv").read_text().splitlines()
+    more = [f"{number},action {number}" for number in range(81 - 70, 81)]
+    (tmp_path / "data" / "classes.csv").write_text("\n".join([*lines, *more]) + "\n")
+    config = settings_of(boxed)
+    config.data.path = str(tmp_path / "data")
+    config.model.position_resize = "recompute"  # the weights decide
+    monkeypatch.setattr(detector, "PUBLISHED_MEAN", SHARED["pixel_mean"])
+    monkeypatch.setattr(detector, "PUBLISHED_STD", SHARED["pixel_std"])
+    names = scenes.open_scenes(config.data.path, "test").classes
+    fields = SHARED | {"classes": names, "position_resize": "interpolate", "head_scale": 1.0}
+    model = ActionDetector(DetectorConfig(**fields), rngs=nnx.Rngs(3))
+    params = {
+        "/".join(key): np.asarray(value)
+        for key, value in flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param))).items()
+    }
+    save_file(torch_weights.to_theirs(params, model.config, "official"), tmp_path / "ava.safetensors")
+    vm.save(model, tmp_path / "export", {"stride": config.data.stride})
+    sizes = weights.Hints(clip_size=SHARED["clip_size"])
+    told = {"ava.safetensors": sizes, "export": weights.Hints()}
+    found = {
+        name: table.evaluate_weights(config, tmp_path / f"out {name}", str(tmp_path / name), hints)
+        for name, hints in told.items()
+    }
+    texts = [(tmp_path / f"out {name}" / "detections.csv").read_text() for name in told]
+    assert texts[0] == texts[1]
+    assert found["export"]["mAP"] == found["ava.safetensors"]["mAP"]

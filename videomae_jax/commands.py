@@ -198,14 +198,17 @@ def _convert(values: Any, arguments: list[str], _started: float) -> None:
     how = (values.layout, values.dtype, values.position_resize)
     model = weights.convert(source, target, *how, hints=_hints(values))
     print(f"{target}: {type(model).__name__}, layout {values.layout}, {model.config}")
+    stride = weights.read_recipe(source, _hints(values)).get("stride")
+    if values.layout == "official" and stride not in (None, weights.published_stride(model.config)):
+        print(f"warning: {target} cannot tell how frames are sampled: pass --stride={stride} with it")
 
 
 def _convert_flags(values: flags.FlagValues) -> None:
     help_text = "orbax (ours), hf (a Hugging Face folder) or official (a .safetensors file)."
     flags.DEFINE_string("layout", "orbax", help_text, flag_values=values)
     flags.DEFINE_string("dtype", "float32", "Or float16, bfloat16 (hf, official).", flag_values=values)
-    help_text = "Positions for other clip sizes: recompute (published) or interpolate."
-    flags.DEFINE_string("position_resize", "recompute", help_text, flag_values=values)
+    help_text = "Positions for other clip sizes, recompute or interpolate; default as published."
+    flags.DEFINE_string("position_resize", None, help_text, flag_values=values)
     _hints_flags(values)
     _stride_flag(values, takes_zero=True)
 
@@ -352,12 +355,12 @@ def _detect(values: Any, arguments: list[str], _started: float) -> None:
 
     names = ("boxes", "every", "top", "least", "threshold")
     options = detect.Options(**{name: getattr(values, name) for name in names})
-    detect.run(arguments[0], values.checkpoint, values.out, options)
+    detect.run(arguments[0], values.checkpoint, values.out, options, _hints(values))
 
 
 def _detect_flags(values: flags.FlagValues) -> None:
     text, number = flags.DEFINE_string, flags.DEFINE_float
-    text("checkpoint", None, "Work folder, checkpoint or export of a detector.", flag_values=values)
+    text("checkpoint", None, "Detector of any layout.", flag_values=values)
     boxes = "whole, people (OpenCV), torchvision, onnx:FILE (as YOLO), or a CSV of video,time,corners."
     text("boxes", "people", boxes, flag_values=values)
     text("out", None, "Video to write, .mp4; the same as .json beside it.", flag_values=values)
@@ -365,6 +368,7 @@ def _detect_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("top", 3, "Actions to name, of each box.", flag_values=values)
     number("least", 0.2, "Score that an action must have to be drawn.", flag_values=values)
     number("threshold", 0.4, "Least score of a box of torchvision or onnx:FILE.", flag_values=values)
+    _hints_flags(values)
 
 
 COMMANDS: dict[str, tuple[Callable, Sequence[str], Sequence[str], Callable]] = {

@@ -63,8 +63,13 @@ class Key:
     scores: np.ndarray
 
 
-def run(path: str, checkpoint: str, out: str, options: Options) -> dict[str, Any]:
+def run(
+    path: str, checkpoint: str, out: str, options: Options, hints: weights.Hints | None = None
+) -> dict[str, Any]:
     """Writes OUT (.mp4) with boxes and actions, and beside it the same as .json; returns that.
+
+    Args:
+        hints: what a file of weights does not tell.
 
     Raises:
         UserError: no detector, no box in the video, options or files that do not fit.
@@ -77,10 +82,11 @@ def run(path: str, checkpoint: str, out: str, options: Options) -> dict[str, Any
     videos.make_room(target, [path])
     if options.every <= 0 or options.top < 1:
         raise UserError("--every and --top must be positive")
-    model = weights.read(checkpoint, weights.Hints())
+    hints = hints or weights.Hints()
+    model = weights.read(checkpoint, hints)
     if not isinstance(model, ActionDetector):
         raise UserError(f"{checkpoint} holds no detector: train one with configs/detect.py")
-    recipe = weights.read_recipe(checkpoint, weights.Hints())
+    recipe = weights.read_recipe(checkpoint, hints)
     if not {"stride", "test_short"} <= set(recipe):
         raise UserError(f"{checkpoint} does not tell its stride and frame size: name a run, or its best/")
     look = _looker(model, recipe)

@@ -1,4 +1,4 @@
-"""The config.json of Hugging Face's VideoMAE folders, in and out."""
+"""What stands beside the weights in Hugging Face's VideoMAE folders, in and out."""
 
 import json
 import os
@@ -6,8 +6,16 @@ import pathlib
 from typing import Any
 
 from videomae_jax.interop.export import ExportError
-from videomae_jax.interop.torch_weights import PublishedConfig, WeightsError
+from videomae_jax.interop.torch_weights import WeightsError
 from videomae_jax.models.heads import ClassifierConfig
+from videomae_jax.models.mae import VideoMAEConfig
+
+PREPROCESSOR = "preprocessor_config.json"
+_PROBLEMS = {
+    "softmax": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regression": "regression",
+}
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -51,6 +59,12 @@ def fields(hf: dict[str, Any], folder: str | os.PathLike) -> tuple[dict[str, Any
         raise ExportError(
             f"{folder}: config.json has id2label={str(labels)[:60]}, which names no classes by number"
         )
+    problem = hf.get("problem_type")
+    kinds = [kind for kind, name in _PROBLEMS.items() if problem in (name, None)]
+    if not kinds:
+        raise ExportError(
+            f"{folder}: config.json problem_type={problem!r} is none of {list(_PROBLEMS.values())}"
+        )
     heads = number("num_attention_heads", 12)
     if hf.get("hidden_size") == 384 and heads == 16:
         heads = 6  # the recipe of the published small model says 16, its weights were trained with 6
@@ -59,11 +73,47 @@ def fields(hf: dict[str, Any], folder: str | os.PathLike) -> tuple[dict[str, Any
         "norm_epsilon": number("layer_norm_eps", 1e-12, float),
         "final_norm_epsilon": 1e-5,  # theirs, whatever layer_norm_eps says
         "classes": tuple(str(labels[key]) for key in sorted(labels, key=int)) or None,
+        "head": kinds[0],
+        **_statistics(pathlib.Path(folder, PREPROCESSOR)),
     }
     return told, heads, number("decoder_num_attention_heads", 6)
 
 
-def config_of(config: PublishedConfig) -> dict[str, Any]:
+def _statistics(file: pathlib.Path) -> dict[str, tuple[float, ...]]:
+    """How pixels are normalised, where a folder tells it."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+        if not found.get("do_normalize", True):
+            raise ExportError(f"{file}: do_normalize is false, and a VideoMAE takes normalised pixels")
+        names = {"pixel_mean": "image_mean", "pixel_std": "image_std"}
+        return {ours: tuple(map(float, found[name])) for ours, name in names.items() if name in found}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, ExportError):
+            raise
+        raise ExportError(f"{file} is damaged ({type(error).__name__}): download it again") from None
+
+
+def preprocessor_of(config: VideoMAEConfig | ClassifierConfig) -> dict[str, Any]:
+    """The preprocessor_config.json with which Hugging Face's processor makes what the model takes."""
+    _, height, width = config.clip_size
+    return {
+        "image_processor_type": "VideoMAEImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": height},
+        "resample": 2,
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.pixel_mean),
+        "image_std": list(config.pixel_std),
+    }
+
+
+def config_of(config: VideoMAEConfig | ClassifierConfig) -> dict[str, Any]:
     """The config.json that Hugging Face needs beside the weights."""
     frames, height, width = config.clip_size
     if height != width:
@@ -88,6 +138,7 @@ def config_of(config: PublishedConfig) -> dict[str, Any]:
         "use_mean_pooling": config.pooling == "mean" if is_classifier else not config.encoder_norm,
     }
     if isinstance(config, ClassifierConfig):
+        found["problem_type"] = _PROBLEMS[config.head]
         found["id2label"] = {str(i): name for i, name in enumerate(config.classes)}
         found["label2id"] = {name: i for i, name in enumerate(config.classes)}
     elif config.decoder is not None:

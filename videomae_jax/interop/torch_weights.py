@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from videomae_jax.models import vit
+from videomae_jax.models import detector, vit
+from videomae_jax.models.detector import DetectorConfig
 from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.mae import VideoMAEConfig
 
-PublishedConfig = VideoMAEConfig | ClassifierConfig
+PublishedConfig = VideoMAEConfig | ClassifierConfig | DetectorConfig
 LAYOUTS = ("official", "hf")
 
 
@@ -131,16 +132,18 @@ def table(config: PublishedConfig, layout: str) -> Iterator[Entry]:
         WeightsError: a model that the layout has no names for.
     """
     is_hf = layout == "hf"
+    has_head = isinstance(config, ClassifierConfig | DetectorConfig)
     if is_hf and config.layer_scale > 0:
         raise WeightsError("Hugging Face's VideoMAE has no layer scale: export to the official layout")
-    prefix = "videomae." if is_hf else "" if isinstance(config, ClassifierConfig) else "encoder."
+    prefix = "videomae." if is_hf else "" if has_head else "encoder."
     embed = "embeddings.patch_embeddings.projection" if is_hf else "patch_embed.proj"
     yield Entry(f"{prefix}{embed}.weight", "encoder/embed/kernel", transform="conv")
     yield Entry(f"{prefix}{embed}.bias", "encoder/embed/bias")
     encoder_blocks = "videomae.encoder.layer" if is_hf else f"{prefix}blocks"
     yield from _blocks(encoder_blocks, "encoder/blocks", config.encoder.depth, config, is_hf)
-    if isinstance(config, ClassifierConfig):
-        norm = "fc_norm" if config.pooling == "mean" else f"{prefix}{'layernorm' if is_hf else 'norm'}"
+    if has_head:
+        is_mean = isinstance(config, ClassifierConfig) and config.pooling == "mean"
+        norm = "fc_norm" if is_mean else f"{prefix}{'layernorm' if is_hf else 'norm'}"
         head = "classifier" if is_hf else "head"
         yield from _pair(norm, "norm", "scale")
         yield Entry(f"{head}.weight", "head/kernel", transform="transpose")
@@ -321,10 +324,7 @@ def infer(
     if head in names:
         pooling = "mean" if "fc_norm.weight" in names else "first"
         if (layout, pooling, len(tensors[head])) == ("official", "first", 80):
-            raise WeightsError(
-                "norm.* and a head of 80 are those of the published detectors of AVA, which as a classifier "
-                "would say something else: they are not converted"
-            )
+            return _published_detector(shared), layout, dict(tensors)
         if pooling == "first":
             shared["final_norm_epsilon"] = None  # its norm is the encoder's own
         classes = shared.pop("classes") or tuple(map(str, range(len(tensors[head]))))
@@ -332,6 +332,7 @@ def infer(
             raise WeightsError(f"{head} has {len(tensors[head])} classes, their names are {len(classes)}")
         return ClassifierConfig(**shared, classes=tuple(classes), pooling=pooling), layout, dict(tensors)
     shared.pop("classes")
+    shared.pop("head", None)
     decoder, renamed = None, dict(tensors)
     if "encoder_to_decoder.weight" in names:
         decoder_width = tensors["encoder_to_decoder.weight"].shape[0]
@@ -346,6 +347,16 @@ def infer(
         renamed = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
     config = VideoMAEConfig(**shared, decoder=decoder, encoder_norm=norm in names)
     return config, layout, renamed
+
+
+def _published_detector(shared: dict[str, Any]) -> DetectorConfig:
+    """A detector of AVA's 80 actions, which has the names of a classifier of the first token."""
+    shared |= {"pixel_mean": detector.PUBLISHED_MEAN, "pixel_std": detector.PUBLISHED_STD}
+    classes = shared.pop("classes") or tuple(str(1 + action) for action in range(80))  # AVA's numbers
+    if len(classes) != 80:
+        raise WeightsError(f"this is a detector of AVA's 80 actions, their names are {len(classes)}")
+    # Whole frames are tested.
+    return DetectorConfig(**shared, classes=tuple(classes), position_resize="interpolate")
 
 
 def _stack(tensors: Mapping[str, np.ndarray], prefix: str, layout: str, width: int) -> dict[str, int]:

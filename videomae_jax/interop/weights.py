@@ -22,14 +22,20 @@ from videomae_jax.interop.export import ExportError, Model, ModelConfig
 from videomae_jax.interop.torch_file import TorchFileError
 from videomae_jax.interop.torch_weights import PublishedConfig, WeightsError
 from videomae_jax.models import functional
-from videomae_jax.models.detector import ActionDetector
+from videomae_jax.models.detector import ActionDetector, DetectorConfig
 from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
-from videomae_jax.models.mae import VideoMAE
+from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
 from videomae_jax.storage import Place
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of every published VideoMAE
+_STRIDE = "frame_stride"  # in a config.json; Hugging Face's own have none
 _CONTAINERS = ("model", "module", "state_dict")
 _SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+_KINDS: dict[type[ModelConfig], Any] = {
+    VideoMAEConfig: VideoMAE,
+    ClassifierConfig: VideoClassifier,
+    DetectorConfig: ActionDetector,
+}
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -63,7 +69,7 @@ def load(
     path: str | os.PathLike,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
-    position_resize: str = "recompute",
+    position_resize: str | None = None,
     clip_size: tuple[int, int, int] | None = None,
     classes: tuple[str, ...] | None = None,
 ) -> Model:
@@ -73,8 +79,8 @@ def load(
         path: an Orbax export, checkpoint or work folder; an official `.pth` or `.safetensors` file; a Hugging
             Face folder.
         num_heads, decoder_num_heads, clip_size, classes: for files that do not tell, see `Hints`.
-        position_resize: table for other clip sizes, "recompute" (published) or "interpolate"; our own exports
-            keep their own.
+        position_resize: table for other clip sizes, "recompute" or "interpolate"; None: as published, the
+            first, of detectors the second. Our own exports keep their own.
 
     Raises:
         ExportError: it is none of these, or ambiguous.
@@ -84,7 +90,7 @@ def load(
     return read(path, Hints(num_heads, decoder_num_heads, clip_size, classes), position_resize)
 
 
-def read(path: str | os.PathLike, hints: Hints, position_resize: str = "recompute") -> Model:
+def read(path: str | os.PathLike, hints: Hints, position_resize: str | None = None) -> Model:
     """As `load`, with what files do not tell in one."""
     if not _is_torch(storage.at(path)):
         _check_folder(storage.at(path))
@@ -92,11 +98,10 @@ def read(path: str | os.PathLike, hints: Hints, position_resize: str = "recomput
         return export.load(path)
     config, layout, tensors = _open(_local(path), hints)
     try:
-        config = dataclasses.replace(config, position_resize=position_resize)
+        config = dataclasses.replace(config, position_resize=position_resize or config.position_resize)
     except ValueError as error:
         raise ExportError(str(error)) from None
-    kind: Any = VideoClassifier if isinstance(config, ClassifierConfig) else VideoMAE
-    graphdef, abstract = functional.abstract(kind, config)
+    graphdef, abstract = functional.abstract(_KINDS[type(config)], config)
     leaves: dict[str, Any] = flatten_dict(abstract, sep="/")
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
     try:
@@ -129,12 +134,14 @@ def _check_hints(path: str | os.PathLike, config: ModelConfig, hints: Hints) -> 
             raise ExportError(f"{path} tells itself that its {name} is {value}, not {hint}: leave it out")
 
 
-def published_stride(classes: int) -> int | None:
-    """How the published classifier with that many classes samples frames; None where none is known.
+def published_stride(config: ModelConfig) -> int | None:
+    """How the published model that looks like this one samples frames; None where none is known.
 
     Something-Something V2 takes one frame of each part (0), HMDB51 every second one, the others every fourth.
     """
-    return {174: 0, 51: 2, **dict.fromkeys((101, 400, 600, 700, 710), 4)}.get(classes)
+    if not isinstance(config, ClassifierConfig):
+        return 4
+    return {174: 0, 51: 2, **dict.fromkeys((101, 400, 600, 700, 710), 4)}.get(len(config.classes))
 
 
 def read_recipe(path: str | os.PathLike, hints: Hints | None = None) -> dict[str, Any]:
@@ -148,8 +155,11 @@ def read_recipe(path: str | os.PathLike, hints: Hints | None = None) -> dict[str
         recipe = export.read_metadata(path)["recipe"]
     else:
         config = read_config(path, hints)
-        stride = published_stride(len(config.classes)) if isinstance(config, ClassifierConfig) else 4
+        if isinstance(config, DetectorConfig):
+            stride = published_stride(config) if hints.stride is None else hints.stride
+            return {"stride": stride, "test_short": 256}
         told = {} if place.is_file() else hugging_face.read_config(_local(place))
+        stride = told.get(_STRIDE, published_stride(config))
         normalize = bool(told.get("norm_pix_loss", True))
         recipe = {"mask": "tube", "mask_ratio": 0.9, "normalize_target": normalize}
         recipe |= {} if stride is None else {"stride": stride}
@@ -177,21 +187,24 @@ def export_torch(
     layout: str = "hf",
     dtype: str = "float32",
     normalize_target: bool = True,
+    stride: int | None = None,
 ) -> None:
     """Writes a model for PyTorch: "hf" a Hugging Face folder, "official" one .safetensors file.
 
     Args:
         dtype: of the tensors, "float32", "float16" or "bfloat16".
         normalize_target: what a pretraining model predicts, normalised tubelets or pixels; a folder says it.
+        stride: frames from one frame of a clip to the next, as trained; a folder says it, where it is given.
 
     Raises:
         ExportError: the path exists, or an unknown dtype.
-        WeightsError: an unknown layout, or a model that it has no names for.
+        WeightsError: an unknown layout, or a model that it has no place for.
     """
     place = storage.at(path)
     _check_target(str(path), layout, dtype)
     if isinstance(model, ActionDetector):
         raise WeightsError(f"PyTorch layouts have no detector: --layout=orbax is the one, not {layout}")
+    _check_told(model.config, layout)
     params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     flat = {"/".join(key): np.asarray(value) for key, value in flatten_dict(params).items()}
     tensors = torch_weights.to_theirs(flat, model.config, layout)
@@ -202,9 +215,31 @@ def export_torch(
             save_file(tensors, file)
         return
     about = hugging_face.config_of(model.config) | {"dtype": dtype, "norm_pix_loss": normalize_target}
+    about |= {} if stride is None else {_STRIDE: stride}
+    preprocessor = hugging_face.preprocessor_of(model.config)
     with storage.output(place / "model.safetensors") as file:
         save_file(tensors, file, {"format": "pt"})
+    storage.write_text(place / hugging_face.PREPROCESSOR, json.dumps(preprocessor, indent=2) + "\n")
     storage.write_text(place / "config.json", json.dumps(about, indent=2) + "\n")
+
+
+def _check_told(config: VideoMAEConfig | ClassifierConfig, layout: str) -> None:
+    """Refuses a model that would be read as another one, for want of a place where its layout tells it."""
+    if config.position_resize == "interpolate" and config.position_grid not in (None, config.grid):
+        raise WeightsError(
+            f"no PyTorch layout can tell that positions are interpolated from a grid of "
+            f"{config.position_grid}: use --layout=orbax"
+        )
+    if layout != "official":
+        return
+    head = getattr(config, "head", "softmax")
+    if head != "softmax":
+        raise WeightsError(f"the official layout cannot tell a {head} head: use --layout=hf or orbax")
+    if not np.allclose((config.pixel_mean, config.pixel_std), (_MEAN, _STD), rtol=0, atol=1e-6):
+        raise WeightsError(
+            f"the official layout cannot tell how pixels are normalised, by {config.pixel_mean} and "
+            f"{config.pixel_std}: use --layout=hf or orbax"
+        )
 
 
 def convert(
@@ -212,7 +247,7 @@ def convert(
     target: str,
     layout: str,
     dtype: str = "float32",
-    position_resize: str = "recompute",
+    position_resize: str | None = None,
     hints: Hints | None = None,
 ) -> Model:
     """Reads any weights and writes them as "orbax" (always float32), "hf" or "official".
@@ -233,7 +268,7 @@ def convert(
                 f"{source}: the official layout cannot tell that the model predicts pixels (norm_pix_loss "
                 f"false): use --layout=hf or orbax"
             )
-        export_torch(model, target, layout, dtype, normalize)
+        export_torch(model, target, layout, dtype, normalize, recipe.get("stride"))
         return model
     if dtype != "float32":
         raise ExportError(f"an Orbax export holds float32: {dtype} is for --layout=hf and official")

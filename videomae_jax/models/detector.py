@@ -9,6 +9,10 @@ from jaxtyping import Array, Float, Key, UInt8
 from videomae_jax.models import layers, roi, tubelets, vit
 from videomae_jax.models.layout import WHOLE, Layout
 
+PUBLISHED_MEAN = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
+PUBLISHED_STD = (57.375 / 255,) * 3
+"""Of pixels, as the published detectors were trained; their backbones were with ImageNet's."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DetectorConfig(vit.BackboneConfig):

@@ -193,11 +193,14 @@ class Detect(Task[DetectorConfig]):
         return {"test": detections.write(run.workdir, found, run.config, str(run.workdir / "best"))}
 
 
-def evaluate(config: Config, workdir: Place, checkpoint: str) -> dict[str, Any]:
+def evaluate(
+    config: Config, workdir: Place, checkpoint: str, hints: weights.Hints | None = None
+) -> dict[str, Any]:
     """Tests a detector on the test part; writes what `detections.write` does.
 
     Args:
-        checkpoint: export, checkpoint, work folder; "" for WORKDIR/best, or WORKDIR without one.
+        checkpoint: export, checkpoint, work folder, or file; "" for WORKDIR/best, or WORKDIR without one.
+        hints: what a file does not tell.
 
     Raises:
         UserError: no detector, or one of other actions; as `detections.write`.
@@ -205,23 +208,29 @@ def evaluate(config: Config, workdir: Place, checkpoint: str) -> dict[str, Any]:
     config = compute.on_this_machine(settings.checked(config))
     is_best = not checkpoint and (workdir / "best").is_dir()
     path = checkpoint or str(workdir / "best" if is_best else workdir)
-    made = weights.read_config(path)
+    hints = dataclasses.replace(
+        hints or weights.Hints(), heads_by_width=backbone.hints(config).heads_by_width
+    )
+    made = weights.read_config(path, hints)
     if not isinstance(made, DetectorConfig):
         raise UserError(f"{path} holds no detector: train one with configs/detect.py")
     videos = hosts.agreed(lambda: open_videos(config))
-    if made.classes != videos.test.classes:
+    task = make(config, videos.test, "")
+    numbers = tuple(map(str, task.numbers))  # what files of weights know of AVA's actions
+    if made.classes not in (videos.test.classes, numbers):
         raise UserError(
             f"{path} knows {len(made.classes)} actions, {config.data.path} has {len(videos.test.classes)} or "
             f"others: use the classes.csv of its training"
         )
     hosts.check_agreement(config, videos.test, workdir, checkpoint=path)
-    task = make(config, videos.test, path)
     # The weights decide what they are; the settings, how large clips are and how they are computed.
-    use = {name: getattr(task.model, name) for name in ("clip_size", "position_grid", "compute")}
+    use = {name: getattr(task.model, name) for name in ("clip_size", "compute")}
+    use["position_grid"] = backbone.trained_grid(config, made)
     task = dataclasses.replace(task, model=dataclasses.replace(made, **use))
     if trouble := storage.trouble(storage.at(workdir)):
         raise UserError(f"{trouble}: choose another --workdir")
-    recipe, own = export.read_metadata(path)["recipe"], {"stride": task.stride, "test_short": task.test_short}
+    recipe = weights.read_recipe(path, hints)
+    own = {"stride": task.stride, "test_short": task.test_short}
     for name, value in own.items():
         if recipe.get(name, value) != value:
             key = {"stride": "data.stride"}.get(name, f"detect.{name}")
@@ -229,7 +238,7 @@ def evaluate(config: Config, workdir: Place, checkpoint: str) -> dict[str, Any]:
                 f"warning: {path} was trained with {key}={recipe[name]} and is tested with {value}: "
                 f"--config.{key}={recipe[name]} tests it as it was trained"
             )
-    params: Any = nnx.to_pure_dict(nnx.state(export.load(path), nnx.Param))
+    params: Any = nnx.to_pure_dict(nnx.state(weights.read(path, hints), nnx.Param))
     tester = task.tester(config, videos.test, compute.make_mesh(config), tested_part(videos.test))
     return detections.write(workdir, tester.run(jax.device_get(params)), config, path)
 

@@ -45,9 +45,7 @@ def train(config: Config, workdir: Place, started: float) -> dict[str, Any]:
 def evaluate_weights(config: Config, workdir: Place, checkpoint: str, hints: weights.Hints) -> dict[str, Any]:
     """The command `evaluate`: tests trained weights. Raises as `evaluate.run` and `detect.evaluate`."""
     if config.task == "detect":
-        if hints != weights.Hints():
-            raise UserError("evaluate of a detector takes none of --classes, --num_heads, ...")
-        return detect.evaluate(config, workdir, checkpoint)
+        return detect.evaluate(config, workdir, checkpoint, hints)
     return evaluate.run(config, workdir, checkpoint, hints)
 
 
