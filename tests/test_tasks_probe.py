@@ -1,6 +1,7 @@
 """Probes: features are computed once, survive a kill, and tell classes apart where they can."""
 
 import json
+import os
 import shutil
 import time
 
@@ -12,8 +13,8 @@ from conftest import load_config, mesh_of
 from videomae_jax import config as settings
 from videomae_jax.data import pipeline, prepared
 from videomae_jax.interop import export
-from videomae_jax.tasks import features, table
-from videomae_jax.training import testing
+from videomae_jax.tasks import features, probe, table
+from videomae_jax.training import optim, testing
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +189,44 @@ def test_a_probe_computes_as_its_settings_say(weights, colours, tmp_path, monkey
     c.model.dtype, c.model.attention = "bfloat16", "queries"
     table.train(c, tmp_path, time.time())
     assert {(config.compute.dtype, config.compute.attention) for config in seen} == {("bfloat16", "queries")}
+
+
+def test_a_file_that_was_exchanged_is_read_again(weights, colours, tmp_path, capsys):
+    """By its size and time; one that could not be decoded is said to be left out from before."""
+    shutil.copytree(colours, tmp_path / "data")
+    c = probe_config(tmp_path / "data", weights, "knn")
+    for expected in ("", "could not be decoded then: remove"):
+        (tmp_path / "data" / "test" / "dark" / "broken.mp4").write_bytes(b"nothing")
+        os.utime(tmp_path / "data" / "test" / "dark" / "broken.mp4", ns=(0, 0))
+        assert table.train(c, tmp_path / "run", time.time())["evaluation"]["videos_failed"] == 1
+        assert expected in capsys.readouterr().out
+    shutil.copy(tmp_path / "data/test/grey/0.mp4", tmp_path / "data/test/dark/broken.mp4")
+    again = table.train(c, tmp_path / "run", time.time())["evaluation"]
+    assert (again["videos"], again["videos_failed"]) == (13, 0)
+    assert again["top1"] < 1  # what lies there is grey
+    assert "24 of 24 features of train_pooled are there" in capsys.readouterr().out
+
+
+def test_the_results_of_another_run_are_not_replaced(weights, colours):
+    before = (weights / "summary.json").read_bytes()
+    with pytest.raises(settings.UserError, match="belongs to a training run"):
+        table.train(probe_config(colours, weights, "knn"), weights, time.time())
+    assert (weights / "summary.json").read_bytes() == before
+
+
+def test_neighbours_are_asked_of_the_mean_of_all_clips():
+    train = np.array([[[1.0, 0], [0, 4]], [[0.9, 0.1], [4, 0]]], np.float16)  # first clips alike
+    for second, label in (([0, 4], 0), ([4, 0], 1)):
+        asked = np.array([[[1.0, 0], second]], np.float16)
+        found = probe._knn(load_config("debug", "task=probe"), train, np.array([0, 1]), asked, 2)
+        assert found[0, 0].argmax() == label
+
+
+def test_the_rate_of_a_linear_probe_is_per_256_clips(monkeypatch):
+    seen = []
+    monkeypatch.setattr(optim, "schedule", lambda *given: seen.append(given) or (lambda step: 0.0))
+    c = load_config("debug", "task=probe")
+    c.probe.update(batch_size=64, epochs=10, lr=0.1)
+    rows = np.ones((128, 1, 4), np.float16)
+    probe._linear(c, rows, np.zeros(128, int), rows[:1], 2)
+    assert seen == [(0.1 * 64 / 256, 0.0, 2, 20)]

@@ -47,19 +47,28 @@ class Named:
         if isinstance(record["video"], str):
             path = record["video"]
             facts.append(path)
-            if not storage.is_remote(path):
-                paths = (
-                    [path, *sorted(entry.path for entry in os.scandir(path))]
-                    if os.path.isdir(path)
-                    else [path]
-                )
-                stats = [os.stat(place) for place in paths if os.path.exists(place)]
-                facts += [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+            facts += stamp(path)
         elif isinstance(record["video"], bytes):
             facts.append(hashlib.sha256(record["video"]).hexdigest())
         else:
             facts.append(record["video"].digest())
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+
+
+def stamp(path: str) -> list[list[int]]:
+    """Size and time of a file, or of a folder and what it holds; nothing in a store, or where nothing is."""
+    if storage.is_remote(path):
+        return []
+    inside = sorted(entry.path for entry in os.scandir(path)) if os.path.isdir(path) else []
+    stats = [os.stat(place) for place in (path, *inside) if os.path.exists(place)]
+    return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+
+
+def stamps(source: Source) -> list[list[list[int]]]:
+    """`stamp` of every file of a source, or of its folder where it is prepared."""
+    if not isinstance(source, sources.VideoSource):
+        return [stamp(str(source.root))]
+    return [stamp(str(sources.join(source.root, name))) for name in source.ids]
 
 
 def find(paths: Sequence[str], split: str) -> list[Named]:

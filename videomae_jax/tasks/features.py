@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from videomae_jax import sharding, storage
+from videomae_jax.apps import videos as named
 from videomae_jax.config import Config
 from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
@@ -91,7 +92,8 @@ def extract(
     folder = storage.scratch(place)  # memory-mapped, so on a disk
     folder.mkdir(parents=True, exist_ok=True)
     evaluator = testing.Evaluator(frozen.features, source, views, config, mesh)
-    videos = f"{storage.at(source.root)} {source.fingerprint()}"  # names are not enough
+    files = hashlib.sha256(json.dumps(named.stamps(source)).encode()).hexdigest()
+    videos = f"{storage.at(source.root)} {source.fingerprint()} {files}"  # names are not enough
     identity = f"{frozen.identity()} {videos} {views} {evaluator.batch_videos}"
     done = {"identity": identity, "batches": 0, "records": [], "failed": {}}
     path, values = folder / "done.json", None
@@ -99,6 +101,10 @@ def extract(
         done = json.loads(path.read_text())
         values = np.lib.format.open_memmap(folder / "values.npy", mode="r+")
         report.say(f"{len(done['records'])} of {len(source)} features of {folder.name} are there")
+        if done["failed"]:
+            report.say(
+                f"{len(done['failed'])} videos could not be decoded then: remove {folder} to try again"
+            )
     total = -(-len(source) // evaluator.batch_videos)
     params = sharding.replicate(jax.device_get(frozen.parts[1]), mesh)
     if done["batches"] < total:

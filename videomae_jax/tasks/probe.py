@@ -56,6 +56,10 @@ def run(config: Config, workdir: Place, started: float) -> dict[str, Any]:
             f"{config.data.path} has no other videos to test on, and {len(videos.train)} are too few to hold "
             f"some out (data.held_out={config.data.held_out}): give it a validation or a test part"
         )
+    if (workdir / "config.json").exists():
+        raise UserError(
+            f"{workdir} belongs to a training run, whose results these would replace: use another"
+        )
     report.write_json(workdir / "probe.json", loop.identity(config, videos.train))
     clip = (config.data.frames, config.data.stride, tuple(config.data.size))
     views = pipeline.TestViews(*clip, config.evaluate.segments, 1)
