@@ -110,3 +110,11 @@ def test_missing_huge_pages_are_told(tmp_path, monkeypatch):
     for text, is_wrong in (("always [madvise] never", False), ("always madvise [never]", True)):
         (tmp_path / "enabled").write_text(text)
         assert ("write madvise into" in pages.trouble()) == is_wrong
+
+
+def test_a_generated_set_needs_no_place(tmp_path):
+    found = {f.check: f for f in doctor.run("moving_shapes", str(tmp_path))}
+    assert (found["data"].status, found["data"].text) == (
+        "ok",
+        "moving_shapes is generated when it is needed",
+    )

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 import time
 
 import clips
@@ -276,6 +277,7 @@ def test_evaluate(undisturbed, shapes, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "evaluate: 8 videos, 1 x 1 views" in output
     assert "warning" not in output
+    assert (found["split"], again["split"]) == ("test", "validation")
     c.data.stride = 2
     evaluate.run(c, workdir, "")
     assert (
@@ -465,3 +467,28 @@ def test_a_test_that_does_not_fit_is_refused_before_training(shapes, tmp_path):
     ):
         run(c, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_blocks_that_nothing_trained_are_not_frozen(shapes, tmp_path):
+    c = load_config("debug", f"data={shapes},task=finetune")
+    c.optim.freeze_blocks = 1
+    with pytest.raises(settings.UserError, match=r"blocks that nothing has trained: set --config\.init_from"):
+        table.train(c, tmp_path, time.time())
+
+
+def test_few_labels_are_chosen_by_the_hash_of_names(shapes):
+    train = splits.open_splits(finetune_config(shapes)).train
+    few = splits._few(train, 1)
+    assert len(few) == 8
+    for label in range(8):
+        names = [name for name, own in zip(train.ids, train.labels, strict=True) if own == label]
+        assert min(names, key=sources.hash_of) in few.ids
+
+
+def test_a_part_that_stands_in_for_the_test_is_called_what_it_is(shapes, tmp_path, capsys):
+    shutil.copytree(shapes, tmp_path / "data", ignore=shutil.ignore_patterns("test"))
+    videos = splits.open_splits(finetune_config(tmp_path / "data"))
+    assert videos.tested == "validation"
+    assert "no test part, so the validation videos are tested" in capsys.readouterr().out
+    assert splits.open_splits(finetune_config(shapes)).tested == "test"
+    assert "are tested" not in capsys.readouterr().out

@@ -15,6 +15,7 @@ from test_training_step import ROOT, TASK, batch_of
 
 import videomae_jax as vm
 from videomae_jax import config as settings
+from videomae_jax.apps import prepare
 from videomae_jax.interop import transfer, weights
 from videomae_jax.models import heads, masking, vit
 from videomae_jax.models.layout import WHOLE
@@ -192,3 +193,18 @@ def test_numbers_are_no_names_of_classes(debug_config, tmp_path):
     for classes, is_taken in ((("0", "1", "2"), True), (("2", "1"), True), (("0", "1"), False)):
         taken = transfer.read(tmp_path / "made", config(*classes), names_of(made))
         assert ("head/kernel" in taken.matched) == is_taken
+
+
+@pytest.mark.parametrize(("head", "labels"), [("multilabel", ("a;b", "c")), ("regression", ("0.5", "2"))])
+def test_labels_that_pretraining_does_not_read_may_be_of_any_kind(shapes, head, labels, tmp_path, capsys):
+    files = sorted((shapes / "train").rglob("*.mp4"))[:8]
+    rows = [f"{file},{labels[i % 2]}" for i, file in enumerate(files)]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    prepare.run(
+        str(tmp_path / "list.csv"), str(tmp_path / "prepared"), prepare.Options(head=head, processes=1)
+    )
+    for path in ("list.csv", "prepared"):
+        c = load_config("debug", f"data={tmp_path / path}")
+        c.optim.duration, c.data.held_out, c.optim.warmup = 1, 0, 0
+        assert table.train(c, tmp_path / f"run {path}", time.time())["step"] == 1
+        assert "its labels are not read" in capsys.readouterr().out

@@ -21,6 +21,7 @@ import videomae_jax as vm
 from videomae_jax import config as settings
 from videomae_jax import sharding
 from videomae_jax.data import pipeline
+from videomae_jax.interop import export
 from videomae_jax.tasks import table
 from videomae_jax.tasks.pretrain import Pretrain
 from videomae_jax.training import compute, feed, loop, splits, trainer
@@ -238,6 +239,26 @@ def test_a_bad_video_is_named_counted_and_left_out(with_a_broken_video, tmp_path
     assert "9 videos are too few to hold any out" in output
     assert sum(8 - line["clips"] for line in logged(tmp_path / "run")) in (5, 6)  # 48 clips, 9 videos
     assert summary["bad_held_out_videos"].keys() == {"broken.mp4"}
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_what_was_trained_before_videos_went_bad_is_kept(debug_config, tmp_path, monkeypatch, epochs):
+    """But not within the first epoch, of which a work folder must be free to begin anew on other videos."""
+    look, c = trainer.Trainer._look, debug_config
+    a_while = epochs * 4 + 1
+    c.optim.duration, c.checkpoint.every = a_while + 4, 1000
+
+    def broken(self, pending, **validated):
+        if pending and pending[0] == a_while:
+            raise feed.TooManyBadVideos("2 of 8 videos cannot be decoded")
+        look(self, pending, **validated)
+
+    monkeypatch.setattr(trainer.Trainer, "_look", broken)
+    with pytest.raises(settings.UserError, match="2 of 8 videos"):
+        table.train(c, tmp_path, time.time())
+    assert export.newest_step(tmp_path / "checkpoints") == (a_while + 2 if epochs else None)
+    monkeypatch.setattr(trainer.Trainer, "_look", look)
+    assert table.train(c, tmp_path, time.time())["step"] == a_while + 4
 
 
 @pytest.mark.slow

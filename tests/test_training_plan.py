@@ -179,6 +179,8 @@ def test_settings_that_cannot_be_planned(cpus):
     config.model.attention = "splash"
     with pytest.raises(UserError, match=r"model.attention=splash does not work here"):
         planned.prepare(config, table.make_task, cpus, 0, 2)
+    with pytest.raises(UserError, match="task=probe trains no model step by step"):
+        planned.prepare(load_config("debug", "task=probe"), table.make_task, cpus, 0, 2)
 
 
 @pytest.mark.parametrize("task", ["pretrain", pytest.param("finetune", marks=pytest.mark.slow)])

@@ -79,6 +79,9 @@ def test_the_first_step_is_not_throughput(tmp_path):
     (line,) = lines(tmp_path)
     assert line["clips_per_second"] > 20 / 0.3  # no compiling in the first line either
     assert totals["data_wait"] < 0.5
+    each = totals["clips_per_second"] / jax.device_count()
+    assert totals["clips_per_second_per_device"] == pytest.approx(each)
+    assert totals["tflops_per_device"] == pytest.approx(each / 1e3)
 
 
 def test_lines_beyond_a_checkpoint_and_broken_ones_are_removed(tmp_path):

@@ -150,12 +150,9 @@ def _check_workdir(workdir: Place) -> None:
     problems = gather(trouble)
     if not any(problems):
         seen = [name for name in names if (workdir / name).exists()]
-        is_shared = (
-            ""
-            if len(seen) == len(names)
-            else (f"has a {workdir} of its own: name a --workdir that all hosts share")
-        )
-        problems = gather(is_shared)
+        if len(seen) < len(names):
+            trouble = f"has a {workdir} of its own: name a --workdir that all hosts share"
+        problems = gather(trouble)
     wait("work folder")
     with contextlib.suppress(OSError):
         mine.unlink()

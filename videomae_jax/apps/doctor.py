@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from videomae_jax import hardware, hosts, pages, storage
-from videomae_jax.data import decode, prepared, processes, reading, scenes
+from videomae_jax.data import decode, generated, prepared, processes, reading, scenes
 from videomae_jax.models import attention
 from videomae_jax.storage import Place
 
@@ -175,6 +175,9 @@ def _folder(workdir: Place) -> Iterator[tuple[str, str]]:
 
 
 def _data(path: str) -> Iterator[tuple[str, str]]:
+    if path in generated.NAMES:
+        yield "ok", f"{path} is generated when it is needed"
+        return
     source = (
         scenes.open_scenes(path, "train")
         if scenes.has_boxes(path)

@@ -19,6 +19,8 @@ except ImportError:  # Windows
     fcntl = None
 
 FPS = 16
+NAMES = ("moving_shapes", "moving_digits")
+"""What `data.path` may name instead of a place."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,4 +151,4 @@ def mean_average_precision(scores: Float[np.ndarray, "B K"], targets: Float[np.n
 def is_at_chance(accuracy: float, labels: Int[np.ndarray, " B"]) -> bool:
     """Whether always naming the most frequent class is as good, within two standard deviations of luck."""
     share = np.bincount(labels[labels >= 0]).max() / len(labels)
-    return bool(accuracy <= share + 2 * np.sqrt(share * (1 - share) / len(labels)))
+    return bool(accuracy < 1 and accuracy <= share + 2 * np.sqrt(share * (1 - share) / len(labels)))

@@ -88,8 +88,17 @@ def check_tensor(config: Config, model: vit.BackboneConfig) -> None:
 
 
 def start(config: Config, model: export.ModelConfig, names: list[str]) -> dict[str, np.ndarray]:
-    """What a model takes of `init_from`, by the names of the state; see `transfer.read`."""
+    """What a model takes of `init_from`, by the names of the state; see `transfer.read`.
+
+    Raises:
+        UserError: blocks would be frozen that nothing has trained.
+    """
     if not config.init_from:
+        if config.optim.freeze_blocks:
+            raise UserError(
+                f"optim.freeze_blocks={config.optim.freeze_blocks} would freeze blocks that nothing has "
+                f"trained: set --config.init_from, or optim.freeze_blocks=0"
+            )
         return {}
     ours = [name.removeprefix("params/") for name in names if name.startswith("params/")]
     taken = transfer.read(config.init_from, model, ours)

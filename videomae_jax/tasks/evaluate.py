@@ -56,7 +56,7 @@ def run(
         planned = finetune.make(config, None, "")
     except ValueError as error:
         raise UserError(str(error)) from None
-    source = hosts.agreed(lambda: _source(config, made, path))
+    source, part = hosts.agreed(lambda: _source(config, made, path))
     hosts.check_agreement(config, source, workdir, checkpoint=str(path))
     # The weights decide what they are; the settings, how large clips are and how they are computed.
     use = {name: getattr(planned.model, name) for name in ("clip_size", "position_resize", "compute")}
@@ -85,7 +85,7 @@ def run(
     allowed = config.evaluate.allow_failed
     result = classify.summarize(outputs, source, views, made.head, path, allowed) | {
         "checkpoint": str(path),
-        "split": config.evaluate.split,
+        "split": part,
     }
     if hosts.is_writer():
         workdir.mkdir(parents=True, exist_ok=True)
@@ -94,17 +94,19 @@ def run(
     return result
 
 
-def _source(config: Config, made: ClassifierConfig, path: str) -> sources.Source:
-    """The videos to test, labelled by the classes of the model."""
-    if config.evaluate.split == "all":
+def _source(config: Config, made: ClassifierConfig, path: str) -> tuple[sources.Source, str]:
+    """The videos to test, labelled by the classes of the model; and the part that they are."""
+    part = config.evaluate.split
+    if part == "all":
         source = splits.open_all(config)
     else:
         videos = splits.open_splits(config)
-        source = videos.test if config.evaluate.split == "test" else videos.validation
+        source = videos.test if part == "test" else videos.validation
+        part = videos.tested if part == "test" else part
     missing = set(source.classes) - set(made.classes)
     if missing and len(source.classes) != len(made.classes) and config.evaluate.split != "all":
         raise UserError(
             f"{config.data.path} has {len(source.classes)} classes, the model in {path} "
             f"{len(made.classes)}, and {min(missing)!r} is not among them: use the data set of its training"
         )
-    return sources.relabel(source, made.classes, f"the model in {path}")
+    return sources.relabel(source, made.classes, f"the model in {path}"), part

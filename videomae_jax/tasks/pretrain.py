@@ -34,7 +34,7 @@ class Pretrain(Task[VideoMAEConfig]):
     """Masked autoencoding (arXiv 2203.12602).
 
     Attributes:
-        mask: "tube", "random" or "frame"; `mask_ratio` of it is hidden.
+        mask: kind of it, see `masking.indices`; `mask_ratio` of it is hidden.
         normalize_target: predict normalised tubelets (published) or pixels in 0..1.
         loss_kind: "mse" (published), "l1" or "smooth_l1".
         stride: frames of the file from one frame of a clip to the next.
@@ -179,8 +179,9 @@ class Pretrain(Task[VideoMAEConfig]):
             names = [ids[i] for i in drawn]
             reconstruct.write(panels.select(drawn), names, run.workdir / f"reconstruction{suffix}")
         figures = panels.psnr()
+        whose = "training" if run.videos.validation is run.videos.train else "held-out"
         report.say(
-            f"PSNR of hidden tubelets in {len(ids)} held-out clips ({statistics} statistics): model "
+            f"PSNR of hidden tubelets in {len(ids)} {whose} clips ({statistics} statistics): model "
             f"{figures['psnr_hidden']:.2f} dB, mean {figures['psnr_mean']:.2f} dB, nearest visible tubelet "
             f"{figures['psnr_nearest_visible']:.2f} dB; see {run.workdir / 'reconstruction.gif'}"
         )

@@ -55,6 +55,8 @@ def make_task(config: Config, train: Source | None = None, weights: str = "") ->
     Raises:
         UserError: sizes and settings that do not fit together.
     """
+    if config.task not in METHODS:
+        raise UserError(f"task={config.task} trains no model step by step: there is nothing to plan or try")
     try:
         task = METHODS[config.task](config, train, weights)
     except ValueError as error:

@@ -99,6 +99,10 @@ def failed(host_fields: dict[str, np.ndarray]) -> list[tuple[int, str]]:
     return [(record, str(error)) for record, error in rows if error]
 
 
+class TooManyBadVideos(UserError):
+    """More than a run allows; what was trained until then is good."""
+
+
 @dataclasses.dataclass
 class BadVideos:
     """Names and counts the videos that could not be decoded, and stops the run above a limit.
@@ -116,7 +120,7 @@ class BadVideos:
         """Takes in what failed in a batch.
 
         Raises:
-            UserError: too many videos of the source are bad.
+            TooManyBadVideos: of the source.
         """
         for record, error in failed:
             video = self.source.ids[record]
@@ -125,7 +129,7 @@ class BadVideos:
             self.reasons[video] = error
             fraction = len(self.reasons) / len(self.source)
             if fraction > self.max_fraction:
-                raise UserError(
+                raise TooManyBadVideos(
                     f"{len(self.reasons)} of {len(self.source)} videos cannot be decoded, the last is "
                     f"{error}: remove or replace it, or allow more with --config.data.max_bad_fraction="
                     f"{_round_up(fraction)} (now {self.max_fraction})"

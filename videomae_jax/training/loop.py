@@ -86,8 +86,6 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
     Raises:
         UserError: naming a size that would do.
     """
-    if config.optim.patience and not config.evaluate.every:
-        raise UserError("optim.patience counts validations: set --config.evaluate.every too")
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate
     if config.data.batch_size <= 0 or config.data.batch_size % parts:
         key = "debug.overfit" if config.debug.overfit else "data.batch_size"

@@ -13,14 +13,13 @@ from videomae_jax.training import ahead, compute, planned, step, trainer
 from videomae_jax.training.task import Make
 
 _STEPS = 10
-_PLATFORMS = {"gpu": "cuda"}
 
 
 def here() -> ahead.Topology:
     """The devices of this machine."""
     devices = jax.devices()
     kind = devices[0].device_kind
-    platform = _PLATFORMS.get(jax.default_backend(), jax.default_backend())
+    platform = {backend: name for name, backend in planned.PLATFORMS.items()}[jax.default_backend()]
     return ahead.Topology(
         f"{len(devices)} x {kind}", platform, hardware.chip_of(kind), devices, jax.local_device_count()
     )

@@ -231,6 +231,7 @@ class Report:
             **{name: float(value) for name, value in metrics.items()},
             "clips_per_second": clips_per_second,
             **self._use(clips_per_second),
+            **self._evenness(),
             "data_wait": self._window_waited / seconds,
             "memory_gib": memory_gib(),
             **validated,
@@ -259,7 +260,7 @@ class Report:
             say(f"step {step}/{self.total}  {text}{left}")
 
     def _use(self, clips_per_second: float) -> dict[str, float]:
-        """What each device does, and how evenly; the share of its peak where that is known (MFU)."""
+        """What each device does; the share of its peak where that is known (MFU)."""
         per_device = clips_per_second / jax.device_count()
         found = {
             "clips_per_second_per_device": per_device,
@@ -267,10 +268,12 @@ class Report:
         }
         if self._peak:
             found["mfu"] = per_device * self._flops / self._peak
-        if self._step_seconds:
-            for percent in (50, 95, 100):
-                found[f"step_seconds_p{percent}"] = float(np.percentile(self._step_seconds, percent))
         return found
+
+    def _evenness(self) -> dict[str, float]:
+        """Percentiles of the seconds of a step since the last line of the log."""
+        seconds = self._step_seconds
+        return {f"step_seconds_p{p}": float(np.percentile(seconds, p)) for p in (50, 95, 100) if seconds}
 
     def _write(self, step: int) -> None:
         if self._log is None or self._board is None:
@@ -282,14 +285,12 @@ class Report:
         self.files.push()
 
     def totals(self) -> dict[str, float]:
-        """clips_per_second and data_wait (share of time) after the first step of this process, if any."""
+        """Speeds and data_wait (share of time) after the first step of this process, if any."""
         if self._steps < 2:
             return {}
         seconds = max(self._before - self._start, 1e-9)  # to the last step: what ends a run is not its speed
-        return {
-            "clips_per_second": (self._steps - 1) * self.batch_size / seconds,
-            "data_wait": self._waited / seconds,
-        }
+        speed = (self._steps - 1) * self.batch_size / seconds
+        return {"clips_per_second": speed, "data_wait": self._waited / seconds, **self._use(speed)}
 
     def close(self) -> None:
         """Ends the bar and the files."""

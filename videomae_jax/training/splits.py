@@ -7,8 +7,8 @@ import numpy as np
 
 from videomae_jax import storage
 from videomae_jax.config import Config, UserError
-from videomae_jax.data import moving_digits, moving_shapes, prepared, processes, sources
-from videomae_jax.data.sources import Source
+from videomae_jax.data import generated, moving_digits, moving_shapes, prepared, processes, sources
+from videomae_jax.data.sources import Source, SourceError
 from videomae_jax.keys import KEYS, PROBES
 from videomae_jax.training import report
 
@@ -20,6 +20,13 @@ class Splits:
     train: Source
     validation: Source
     test: Source
+
+    @property
+    def tested(self) -> str:
+        """The part that `test` is: "test", or the one in its place."""
+        if self.test is not self.validation:
+            return "test"
+        return "train" if self.validation is self.train else "validation"
 
 
 def open_splits(config: Config, needs_labels: bool = True) -> Splits:
@@ -33,9 +40,9 @@ def open_splits(config: Config, needs_labels: bool = True) -> Splits:
         UserError: no path; labels that are missing though they are needed.
     """
     data, path = config.data, _path(config)
-    train = _open(config, path, "train")
+    train = _open(config, path, "train", needs_labels)
     if prepared.has_split(path, "validation"):
-        validation = _open(config, path, "validation")
+        validation = _open(config, path, "validation", needs_labels)
     elif prepared.has_split(path, "test") and config.task in PROBES:  # which choose nothing by it
         validation = _open(config, path, "test")
     else:
@@ -57,8 +64,10 @@ def open_splits(config: Config, needs_labels: bool = True) -> Splits:
     if not validation.targets and max(validation.labels) < 0:
         raise UserError(f"{path}: no validation video has a label: validation needs some that do")
     has_test = prepared.has_split(path, "test")
-    if not has_test and prepared.is_empty(path, "test"):
-        report.say(f"{path}: no video of the test part is there, so the validation part is tested")
+    if not has_test:
+        why = "no video of the test part is there" if prepared.is_empty(path, "test") else "no test part"
+        part = "training" if validation is train else "validation"
+        report.say(f"{path}: {why}, so the {part} videos are tested, by which the best weights are chosen")
     test = _open(config, path, "test") if has_test else validation
     if not test.targets and max(test.labels) < 0:
         report.say(f"{path}: the test part has no labels, so the validation part is tested")
@@ -72,7 +81,8 @@ def open_splits(config: Config, needs_labels: bool = True) -> Splits:
     for part, source in {"validation": validation, "test": test}.items():
         if config.head.kind == "multilabel" and not np.any(source.targets):
             raise UserError(f"{path}: no {part} video has a class, so there is no figure of that part")
-    return Splits(train, sources.relabel(validation, train.classes), sources.relabel(test, train.classes))
+    parts = Splits(train, sources.relabel(validation, train.classes), sources.relabel(test, train.classes))
+    return dataclasses.replace(parts, test=parts.validation) if test is validation else parts
 
 
 def open_all(config: Config) -> Source:
@@ -83,10 +93,16 @@ def open_all(config: Config) -> Source:
     return _open(config, path, "train")
 
 
-def _open(config: Config, path: str, split: str) -> Source:
+def _open(config: Config, path: str, split: str, needs_labels: bool = True) -> Source:
     """A part of the videos; says what the user should know of it."""
-    data = config.data
-    source = prepared.open_source(path, split, config.head.kind, data.root, data.allow_missing)
+    how = (config.data.root, config.data.allow_missing)
+    try:
+        source = prepared.open_source(path, split, config.head.kind, *how)
+    except SourceError as error:
+        if needs_labels:
+            raise
+        source = prepared.open_source(path, split, "", *how)  # raises again what is not of labels
+        report.say(f"{path}: its labels are not read, which are not one class a video ({error})")
     for note in source.notes:
         report.say(note)
     return source
@@ -98,7 +114,7 @@ def _path(config: Config) -> str:
             "data.path is empty: name a folder of videos, a CSV list, prepared data, moving_shapes or "
             "moving_digits"
         )
-    is_generated = config.data.path in ("moving_shapes", "moving_digits")
+    is_generated = config.data.path in generated.NAMES
     return str(_generated(config.data.path, config.data.generate)) if is_generated else config.data.path
 
 

@@ -173,7 +173,11 @@ class Trainer:
             with jax.profiler.StepTraceAnnotation("train", step_num=number):
                 state, metrics = train_step(state, batch, root)
             # The step before has finished by now, or nearly so: the device is never kept waiting.
-            self._look(pending)
+            try:
+                self._look(pending)
+            except feed.TooManyBadVideos:
+                self._keep(state)
+                raise
             pending = (number, metrics, host_fields)
             if number == start:
                 jax.block_until_ready(metrics)
@@ -212,6 +216,16 @@ class Trainer:
             self.has_warned = True
             report.say(f"{text}; step {number + 1}")
         self.log.step(number + 1, values, validated)
+
+    def _keep(self, state: step.TrainState) -> None:
+        """Saves what was trained before videos went bad, which weigh nothing in it.
+
+        Not of a first epoch, which may begin anew without them: a work folder with a checkpoint may not.
+        """
+        if self.checkpoints.latest_step is not None or int(state.step) > self.schedule.steps_per_epoch:
+            report.say(f"saving a checkpoint of step {int(state.step)}, then ending")
+            self._save(state)
+            self.checkpoints.wait()
 
     def _save(self, state: step.TrainState) -> None:
         self.files.push(now=True)
