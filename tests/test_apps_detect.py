@@ -234,6 +234,7 @@ def test_precisions_are_drawn():
         ),
         ({"boxes": "scene,99,0.1,0.1,0.5,0.5\n"}, decode.DecodeError, "has no frame at 99 s"),
         ({"boxes": "onnx:/nowhere.onnx"}, UserError, "onnx:/nowhere.onnx cannot be read"),
+        ({"boxes": "peeple"}, UserError, "no such file: use whole, people, torchvision"),
     ],
 )
 def test_what_is_refused(detector, video, tmp_path, change, error, message):

@@ -379,3 +379,13 @@ def test_what_cannot_be_written_is_refused_before_any_work(
         predict.run([str(folder)], classifier, str(out / "p.json"), predict.Options(), print)
     with pytest.raises(settings.UserError, match=r"unknown suffix: use \.json, \.csv, \.parquet"):
         predict.run([str(folder)], classifier, str(tmp_path / "p.txt"), predict.Options(), print)
+
+
+def test_a_table_has_as_many_columns_for_a_video_that_failed(folder, classifier, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"nothing")
+    out = tmp_path / "p.csv"
+    options = predict.Options(segments=1, crops=1, top=2)
+    predict.run([str(tmp_path / "bad.mp4"), str(folder / "a.mp4")], classifier, str(out), options, print)
+    rows = list(csv.reader(out.read_text().splitlines()))
+    assert [len(row) for row in rows] == [6, 6, 6]
+    assert "cannot be opened" in rows[1][1]

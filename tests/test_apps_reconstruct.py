@@ -12,6 +12,7 @@ from PIL import Image
 import videomae_jax as vm
 from videomae_jax.apps import reconstruct
 from videomae_jax.config import UserError
+from videomae_jax.data import decode
 from videomae_jax.evaluation import reconstruction
 from videomae_jax.interop.weights import Hints
 from videomae_jax.models import masking, tubelets, vit
@@ -184,3 +185,17 @@ def test_a_start_beyond_the_end_is_refused(model, tmp_path):
     how = {"statistics": "", "mask": "", "mask_ratio": 0.0, "seed": 0, "hints": Hints()}
     with pytest.raises(UserError, match=r"--start=99: .* ends after 1\.0 s"):
         reconstruct.run(path, str(tmp_path / "export"), str(tmp_path / "o.gif"), start=99.0, **how)
+
+
+def test_a_folder_of_frames_is_a_video(model, tmp_path, rng):
+    vm.save(model, tmp_path / "export", {"mask": "tube", "mask_ratio": 0.5, "stride": 1})
+    (tmp_path / "frames").mkdir()
+    for i in range(12):
+        image = Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8))
+        image.save(tmp_path / "frames" / f"{i:03}.png")
+    how = {"statistics": "", "mask": "", "mask_ratio": 0.0, "seed": 0, "hints": Hints()}
+    source, out = str(tmp_path / "frames"), tmp_path / "out.png"
+    reconstruct.run(source, str(tmp_path / "export"), str(out), start=-1.0, **how)
+    assert out.stat().st_size > 1000
+    with pytest.raises(decode.DecodeError, match="no frame rate"):
+        reconstruct.run(source, str(tmp_path / "export"), str(out), start=1.0, **how)

@@ -1,5 +1,6 @@
 """Wrong uses, each one line on stderr and status 2."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -35,6 +36,15 @@ def use(monkeypatch, capsys):
         (["train", "--workdir=W", "--config=nowhere.py"], "no file nowhere.py"),
         (["train", "--workdir=W", f"{DEBUG}:data"], "config argument 'data' is not understood"),
         (["train", "--workdir=W", DEBUG, "--config.optim.lrr=1"], "--config: 'lrr' Did you mean \"lr\""),
+        (["train", "--workdir=W", DEBUG, "--config.lr=1"], "use --config.optim.lr or --config.probe.lr"),
+        (
+            ["train", "--workdir=W", DEBUG, "--config.optim.learning_rate=1"],
+            "there is no setting learning_rate there: videomae_jax/keys.py has all",
+        ),
+        (
+            ["train", "--workdir=W", DEBUG, "--config.mesh.fsdp=3"],
+            "mesh.fsdp=3 x mesh.tensor=1 does not divide",
+        ),
         (["train", "--workdir=W", "--config", "nowhere.py"], "no file nowhere.py"),
         (["train", "--workdir=W", "--config.optim.lr=1"], "lr=1 edits the settings of a file: pass that too"),
         (
@@ -137,7 +147,11 @@ def test_a_platform_that_is_not_there_is_one_line(tmp_path):
 
 
 def test_help(use):
-    for argv, text in ((("--help",), "train"), (("reconstruct", "--help"), "--mask_ratio")):
+    for argv, text in (
+        (("--help",), "train"),
+        (("reconstruct", "--help"), "--mask_ratio"),
+        (("reconstruct", "--help"), "needs VIDEO --checkpoint=... --out=..."),
+    ):
         status, output, _ = use(*argv)
         assert status == 0
         assert text in output
@@ -153,3 +167,10 @@ def test_a_failure_of_ours_has_status_1_and_says_how_to_see_more(use, monkeypatc
     status, _, error = use("train", DEBUG, "--workdir=W", "--debug")
     assert status == 1
     assert "Traceback" in error
+
+
+def test_a_mark_of_byte_order_is_no_part_of_a_class(tmp_path):
+    (tmp_path / "classes.txt").write_text("speed\nheight\n", encoding="utf-8-sig")
+    sizes = {"num_heads": None, "decoder_num_heads": None, "clip_size": "", "stride": None}
+    given = argparse.Namespace(classes=str(tmp_path / "classes.txt"), **sizes)
+    assert commands._hints(given).classes == ("speed", "height")

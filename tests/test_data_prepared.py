@@ -7,6 +7,7 @@ import sys
 import time
 
 import clips
+import numpy as np
 import pytest
 
 from videomae_jax.apps import prepare as command
@@ -119,3 +120,10 @@ def test_classes_of_a_split_that_lacks_some(tmp_path):
     collection = video_folder(command.epath.Path(tmp_path), command.epath.Path(tmp_path), "softmax", False)
     assert collection.classes == ("a", "b")
     assert [entry.label for entry in collection.splits["validation"]] == [1]
+
+
+@pytest.mark.parametrize("text", ['{"name": "x"}', '{"format": "1.0"}', "[1]"])
+def test_the_manifest_of_something_else_makes_no_prepared_data(text, tmp_path, rng):
+    clips.write(tmp_path / "0.mp4", rng.integers(0, 256, (4, 16, 16, 3), np.uint8))
+    (tmp_path / "manifest.json").write_text(text)
+    assert prepared.open_source(str(tmp_path), "train").ids == ("0.mp4",)

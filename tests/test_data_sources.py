@@ -141,6 +141,7 @@ def test_absolute_paths_in_a_list(tmp_path):
         ("file,class,frames\na.mp4,1,30\n", r"line 1: 3 columns .*header line `path,label`"),
         ("a.mp4 1\nb b.mp4 0\n", "line 2: 3 columns .*quote paths"),
         ("a.mp4,1\nmissing.mp4,0\ngone.mp4,1\n", r"line 2: no file .*missing.mp4 \(2 of 3 are absent\)"),
+        ("a.mp4,1\n,0\n", "line 2: no path"),
         ("a.mp4,1\na.mp4,0\n", "line 2: a.mp4 is already on line 1"),
         ("a.mp4,1\na,0\n", "line 2: a is already on line 1"),
         ("a.mp4,1\n./a.mp4,0\n", "line 2: ./a.mp4 is already on line 1"),

@@ -159,3 +159,20 @@ def test_the_truth_is_not_written_over(tmp_path):
 
 def test_rows_know_their_frame():
     assert boxes.Row("a", 1.5, None, -1, 1.0, 1).frame == ("a", 1500)
+
+
+def test_half_of_the_union_is_enough():
+    truth, half = made([(0, 0, 0, 2, 2, 1, 1)]), made([(0, 0, 0, 2, 1, 1, 0.9)])
+    assert detection.average_precisions(truth, half, np.array([1])) == {1: 1.0}
+
+
+def test_files_may_begin_with_the_names_of_their_columns(tmp_path):
+    rows, names = "a,1,0,0,1,1,2\n", "video,time,left,top,right,bottom,action\n"
+    (tmp_path / "boxes.csv").write_text(names + rows)
+    (tmp_path / "plain.csv").write_text(rows)
+    with_names, without = (boxes.read_rows(str(tmp_path / file)) for file in ("boxes.csv", "plain.csv"))
+    assert [row._replace(line=1) for row in with_names] == without
+    (tmp_path / "classes.csv").write_text("number,name\n2,run\n")
+    assert boxes.read_actions(str(tmp_path / "classes.csv")) == {2: "run"}
+    (tmp_path / "excluded.csv").write_text("video,time\na,1\n")
+    assert boxes.read_frames(str(tmp_path / "excluded.csv")) == {("a", 1000)}

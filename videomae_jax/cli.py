@@ -3,6 +3,7 @@
 import itertools
 import os
 import pathlib
+import re
 import sys
 import time
 import traceback
@@ -12,6 +13,7 @@ from absl import flags
 
 from videomae_jax import pages
 from videomae_jax.commands import COMMANDS
+from videomae_jax.keys import KEYS
 
 _USAGE = """usage: python -m videomae_jax COMMAND [--flag=value ...]
 
@@ -60,7 +62,7 @@ def main(started: float) -> int:
     flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
     define(values)
     if {"--help", "-h"} & set(argv):
-        print(f"{_USAGE.splitlines()[0]}\n\n{argv[1]} {' '.join(names)}\n{values.get_help()}")
+        print(_help(argv[1], values))
         return 0
     flags.FLAGS.mark_as_parsed()  # Grain reads absl's global flags
     debug = any(flag in argv for flag in ("--debug", "--debug=true"))
@@ -76,7 +78,7 @@ def main(started: float) -> int:
             return _complain(f"{argv[1]} needs {' and '.join(missing)}; see {argv[1]} --help")
         command(values, arguments, started)
     except KeyboardInterrupt:
-        return _complain("interrupted: the same command resumes from the last checkpoint", 130)
+        return _complain("interrupted: the same command goes on from what was saved", 130)
     except (flags.Error, *_user_errors()) as error:
         if debug:
             traceback.print_exc()
@@ -84,6 +86,15 @@ def main(started: float) -> int:
     except Exception as error:
         return _explain(error, debug)
     return 0
+
+
+def _help(command: str, values: flags.FlagValues) -> str:
+    """The command's line of the overview, what it cannot do without, and its flags."""
+    _, names, needed, _ = COMMANDS[command]
+    about = next(line for line in _USAGE.splitlines() if line.startswith(f"  {command} "))
+    wanted = " ".join((*names, *(f"--{name}=..." for name in needed))) or "nothing"
+    shown = values.get_help().partition("\nabsl.flags:")[0]
+    return f"{about.strip()}\nneeds {wanted}\n{shown}".rstrip()
 
 
 def _check_config_file(argv: Sequence[str]) -> None:
@@ -108,6 +119,10 @@ def _explain(error: Exception, debug: bool) -> int:
         text: object = error
         while isinstance(text, AttributeError | KeyError) and text.args:  # an error of an error of a text
             text = text.args[0]
+        if unknown := re.fullmatch(r"'?(\w+)'?", str(text)):
+            same = [f"--config.{key}" for key in KEYS if key.rpartition(".")[2] == unknown[1]]
+            known = f"use {' or '.join(same)}" if same else "videomae_jax/keys.py has all there are"
+            text = f"there is no setting {unknown[1]} there: {known}"
         return _complain(f"--config: {text}")
     if isinstance(error, OSError):
         return _complain(str(error))

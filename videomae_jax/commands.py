@@ -86,7 +86,7 @@ def _hints(values: Any) -> Any:
             raise flags.Error(f"--{name}={value} must be at least {least}")
     names = values.classes.split(",") if values.classes else []
     if os.path.isfile(values.classes):
-        names = pathlib.Path(values.classes).read_text(encoding="utf-8").splitlines()
+        names = pathlib.Path(values.classes).read_text(encoding="utf-8-sig").splitlines()
     classes = tuple(name.strip() for name in names if name.strip())
     size = (sizes[0], sizes[1], sizes[2]) if sizes else None
     return weights.Hints(values.num_heads, values.decoder_num_heads, size, classes or None, stride)
@@ -130,7 +130,7 @@ def _reconstruct_flags(values: flags.FlagValues) -> None:
     define("out", None, "Picture to write: .gif, .mp4 or .png.", flag_values=values)
     help_text = "Mean and contrast of hidden tubelets: true, visible or raw; default by the model."
     define("statistics", "", help_text, flag_values=values)
-    define("mask", "", "tube, random or frame; default as trained.", flag_values=values)
+    define("mask", "", "tube, random, frame or multi_block; default as trained.", flag_values=values)
     help_text = "Share of places hidden; default as trained."
     flags.DEFINE_float("mask_ratio", 0.0, help_text, flag_values=values)
     help_text = "Seconds into the video; default: its middle."
@@ -171,7 +171,8 @@ def _predict(values: Any, arguments: list[str], _started: float) -> None:
 
     def say(row: dict[str, Any]) -> None:
         classes = "  ".join(f"{c['name']} {c['score']:.3f}" for c in row["classes"])
-        print(f"{row['id']}: {classes or row['error']}", flush=True)
+        text = classes or row["error"].removeprefix(f"{row['id']}: ")
+        print(f"{row['id']}: {text}", flush=True)
 
     names = ("top", "segments", "crops", "split")
     options = predict.Options(**{name: getattr(values, name) for name in names}, hints=_hints(values))
@@ -333,7 +334,6 @@ def _plan_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", "plan.json", "JSON file to write.", flag_values=values)
 
 
-# command: (define its flags, names of its arguments, flags it cannot do without, run it)
 def _score_detections(values: Any, arguments: list[str], _started: float) -> None:
     from videomae_jax.apps import score_detections
 
@@ -371,6 +371,7 @@ def _detect_flags(values: flags.FlagValues) -> None:
     _hints_flags(values)
 
 
+# command: (define its flags, names of its arguments, flags it cannot do without, run it)
 COMMANDS: dict[str, tuple[Callable, Sequence[str], Sequence[str], Callable]] = {
     "train": (_train_flags, (), ("config", "workdir"), _train),
     "evaluate": (_evaluate_flags, (), ("config", "workdir"), _evaluate),
@@ -396,8 +397,6 @@ def _compile_cache() -> None:
     """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache."""
     import jax
 
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = os.path.join(cache, "videomae_jax", "compiled")
-        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_compilation_cache_dir", str(storage.cache() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -284,8 +284,8 @@ KEYS: dict[str, Key] = {
     ),
     "probe.kind": Key("linear", "knn | linear | attentive", read_by=PROBES),
     "probe.epochs": Key(100, "of linear and attentive", "[1, inf)", read_by=PROBES),
-    "probe.lr": Key(0.1, "per 256 videos", "(0, inf)", read_by=PROBES),
-    "probe.batch_size": Key(1024, "videos; at most all", "[1, inf)", read_by=PROBES),
+    "probe.lr": Key(0.1, "per 256 clips", "(0, inf)", read_by=PROBES),
+    "probe.batch_size": Key(1024, "clips; at most all", "[1, inf)", read_by=PROBES),
     "probe.num_heads": Key(12, "of attentive", "[1, inf)", read_by=PROBES),
     "debug.overfit": Key(
         0,

@@ -74,6 +74,10 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     """
     devices = jax.devices() if devices is None else devices
     if data == -1:
+        if len(devices) % (fsdp * tensor):
+            raise ValueError(
+                f"mesh.fsdp={fsdp} x mesh.tensor={tensor} does not divide the {len(devices)} devices here"
+            )
         data = len(devices) // (fsdp * tensor)
     if data * fsdp * tensor != len(devices):
         raise ValueError(

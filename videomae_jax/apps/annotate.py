@@ -14,7 +14,7 @@ def draw_boxes(
     texts: Sequence[str],
     colours: Sequence[int],
 ) -> np.ndarray:
-    """A frame, uint8 [H, W, 3], with boxes and a text in each.
+    """A frame, uint8 [H, W, 3], with boxes and a text above each, or in it where there is no room.
 
     Args:
         boxes: left, top, right, bottom in parts of the frame.
@@ -28,10 +28,16 @@ def draw_boxes(
         corners = (left * width, top * height, max(right * width - 1, left * width), 0.0)
         corners = (*corners[:3], max(bottom * height - 1, top * height))
         pen.rectangle(corners, outline=colour, width=max(1, round(height / 180)))
-        around = pen.multiline_textbbox((corners[0] + 3, corners[1] + 2), text, font=font)
-        x = min(0, width - 2 - around[2])  # moved in where it would pass the right edge
-        pen.rectangle((around[0] + x - 2, around[1] - 1, around[2] + x + 2, around[3] + 2), fill="black")
-        pen.multiline_text((corners[0] + 3 + x, corners[1] + 2), text, colour, font=font)
+        if not text:
+            continue
+        x, y = corners[0] + 3, corners[1] + 2
+        around = pen.multiline_textbbox((x, y), text, font=font)
+        x += min(0, width - 2 - around[2])  # moved in where it would pass the right edge
+        y -= around[3] - corners[1] + 4  # above the box, where there is room
+        y = y if y >= 0 else corners[1] + 2
+        around = pen.multiline_textbbox((x, y), text, font=font)
+        pen.rectangle((around[0] - 2, around[1] - 1, around[2] + 2, around[3] + 2), fill="black")
+        pen.multiline_text((x, y), text, colour, font=font)
     return np.asarray(image)
 
 

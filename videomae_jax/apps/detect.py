@@ -166,6 +166,10 @@ def _boxes_of(video: AnyVideo, path: str, options: Options) -> tuple[list[float]
     """Times of key frames, and what tells the boxes of each."""
     name = options.boxes
     if name not in ("whole", "people", "torchvision") and not name.startswith("onnx:"):
+        if not storage.at(name).exists():
+            raise UserError(
+                f"--boxes={name}: there is no such file: use whole, people, torchvision, onnx:FILE or a CSV"
+            )
         listed = _listed(name, path)
         return sorted(listed), lambda time: listed[time]
     if name == "whole":

@@ -157,6 +157,7 @@ def _write_rows(target: pathlib.Path, rows: list[dict[str, Any]]) -> None:
             table.writerow(["id", "error", *pairs])
             for row in rows:
                 values = [value for found in row["classes"] for value in (found["name"], found["score"])]
+                values += [""] * (len(pairs) - len(values))
                 table.writerow([row["id"], row.get("error", ""), *values])
     else:
         import pyarrow

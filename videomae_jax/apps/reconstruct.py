@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from videomae_jax import storage
 from videomae_jax.apps import videos
 from videomae_jax.config import UserError
-from videomae_jax.data import augment, decode, sampling
+from videomae_jax.data import augment, decode, reading, sampling
 from videomae_jax.evaluation import classification, reconstruction
 from videomae_jax.interop import weights
 from videomae_jax.models import masking, tubelets
@@ -241,7 +241,7 @@ def run(
     if missing:
         raise UserError(f"{checkpoint} does not say how it was trained: give --{missing[0]}")
     frames, height, width = model.config.clip_size
-    with decode.Video(video) as opened:
+    with reading.open_video(video, video) as opened:
         first, left = 0, opened.num_frames
         if start >= 0:
             if opened.fps and start > opened.num_frames / opened.fps:

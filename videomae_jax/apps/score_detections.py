@@ -45,7 +45,7 @@ def run(truth: str, found: str, classes: str, excluded: str, out: str) -> dict[s
         raise UserError(f"{excluded} leaves out every frame of {truth}: nothing can be scored")
     if not annotated & guessed.frames:
         names = {place: frame for frame, place in number.items()}
-        first = names.get(min(annotated, default=-1), "?")
+        first = names[min(annotated)]
         raise UserError(
             f"{found} has no frame of {truth}, such as {','.join(map(str, first))} ms: "
             f"they are of other videos, or times are counted otherwise"

@@ -67,6 +67,8 @@ def _lines(path: str) -> Iterator[tuple[int, list[str]]]:
 def rows(path: str, needs_action: bool = True) -> Iterator[Row]:
     """`read_rows`, one after the other: a file of AVA's validation part may have 14 million."""
     for line, fields in _lines(path):
+        if line == 1 and fields[1:2] == ["time"]:  # the names of the columns
+            continue
         if not needs_action:  # nor has it to be there
             fields = [*fields[:6], fields[6] or "-1", *fields[7:]] if len(fields) > 6 else fields
             fields = [*fields, "-1"] if len(fields) == 6 else fields
@@ -185,6 +187,8 @@ def read_frames(path: str) -> set[tuple[str, int]]:
     """
     found = set()
     for line, fields in _lines(path):
+        if line == 1 and fields == ["video", "time"]:
+            continue
         try:
             video, time = fields
             found.add((video, round(float(time) * 1000)))
@@ -212,7 +216,7 @@ def read_actions(path: str) -> dict[int, str]:
             pairs.append((number[1], name[1]))
     else:
         for line, row in enumerate(text.splitlines(), 1):
-            if row.strip():
+            if row.strip() and (line > 1 or row.replace(" ", "").lower() != "number,name"):
                 number, comma, name = row.partition(",")
                 if not comma or not re.fullmatch(r"\s*\d+\s*", number):
                     raise SourceError(f"{path} line {line}: expected number,name")

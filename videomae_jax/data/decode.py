@@ -56,16 +56,15 @@ class Video:
 
     Args:
         source: a local path, or the file's bytes.
-        threads: decoder threads; one per loader worker is best, 0 lets libav choose.
         name: in errors, of bytes.
 
     Raises:
         DecodeError: the file is missing, is no video, or holds no frame.
     """
 
-    def __init__(self, source: str | os.PathLike | bytes, threads: int = 1, name: str = "video"):
+    def __init__(self, source: str | os.PathLike | bytes, name: str = "video"):
         self.name = name if isinstance(source, bytes) else os.fspath(source)
-        self._source, self._threads = source, threads
+        self._source = source
         self._open()
         try:
             self._has_no_times = self._container.metadata.get("comment") == NO_RATE
@@ -87,7 +86,7 @@ class Video:
             self._stream = self._best_stream()
             if self._stream.codec_context is None:
                 raise self._error("is stored in a codec that this build of PyAV cannot decode")
-            self._stream.codec_context.thread_count = self._threads
+            self._stream.codec_context.thread_count = 1  # loaders have many workers
             self._is_at_start = True
         except BaseException:
             self._container.close()

@@ -56,7 +56,8 @@ def from_csv(
         if not allow_missing or not ids:
             raise SourceError(
                 f"{text}: correct the paths, relative ones start at {folder} (data.root); a header must name "
-                f"a column `path`; or leave them out with --config.data.allow_missing=true"
+                f"a column `path`; or leave them out with --config.data.allow_missing=true (prepare: "
+                f"--allow_missing)"
             )
         some = ", ".join(video for _, video in absent[:10]) + (", ..." if len(absent) > 10 else "")
         notes = (f"{text}: left out as allowed: {some}",)
@@ -130,6 +131,8 @@ def _fields(path: epath.Path, rows: list[Line]) -> tuple[list[int], list[str], l
                 f"{path}, line {line}: {len(row)} columns {row} where a path and an optional label were "
                 f"expected: quote paths with separators, or begin with a header line `path,label`"
             )
+        if not row[places[0]]:
+            raise SourceError(f"{path}, line {line}: no path")
         names.append(row[places[0]])
         labels.append(row[places[1]] if len(places) == 2 else "")
     return [line for line, _ in rows], names, labels

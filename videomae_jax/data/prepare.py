@@ -294,16 +294,16 @@ def finish(job: Job, max_failed: float = 1.0) -> dict[str, Any]:
     splits = {split: _Sums(job, split) for split in job.collection.splits}
     count = sum(part.records for part in splits.values())
     if not count:
-        _forget(job, failed)
+        storage.remove_tree(storage.at(job.folder))  # there is nothing in it: it may be begun otherwise
         raise PrepareError(f"none of {len(failed)} videos can be decoded, the first: {failed[0]['reason']}")
     share = len(failed) / (count + len(failed))
     if share > max_failed:
         again = sum(not failure["is_final"] for failure in failed)
         _forget(job, failed)
+        retried = f"the same command tries the {again} again that could not be read; " if again else ""
         raise PrepareError(
             f"{len(failed)} of {count + len(failed)} videos failed, the first: {failed[0]['reason']}; "
-            f"the same command tries the {again} again that could not be read; "
-            f"--max_failed={_round_up(share)} finishes without them (now {max_failed})"
+            f"{retried}--max_failed={_round_up(share)} finishes without them (now {max_failed})"
         )
     for shard in job.shards():
         prepared.check_shard(job.path(shard), splits[shard.split].lengths[shard.number])

@@ -45,8 +45,15 @@ _OPEN_SHARDS = 64  # readers of a process that are open at once
 
 
 def is_prepared(path: str | epath.Path) -> bool:
-    """Whether a folder holds a finished data set made by `prepare`."""
-    return (epath.Path(path) / MANIFEST).exists()
+    """Whether a folder holds a finished data set made by `prepare`, maybe with a damaged manifest."""
+    file = epath.Path(path) / MANIFEST
+    if not file.exists():
+        return False
+    try:
+        manifest = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return True
+    return isinstance(manifest, dict) and type(manifest.get("format")) is int  # else of somebody else
 
 
 def read_manifest(path: str | epath.Path) -> dict[str, Any]:

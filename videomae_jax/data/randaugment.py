@@ -126,13 +126,11 @@ class Level:
         return min(int(11 * self.magnitude), 128)
 
 
-def _affine(
-    a: float = 1.0, b: float = 0.0, c: float = 0.0, d: float = 0.0, e: float = 1.0, f: float = 0.0
-) -> Operation:
-    """Pixel (x, y) comes from (a x + b y + c, d x + e y + f)."""
+def _affine(b: float = 0.0, c: float = 0.0, d: float = 0.0, f: float = 0.0) -> Operation:
+    """Pixel (x, y) comes from (x + b y + c, d x + y + f)."""
 
     def operation(image: Image.Image) -> Image.Image:
-        matrix = (a, b, c, d, e, f)
+        matrix = (1.0, b, c, d, 1.0, f)
         bicubic = Image.Resampling.BICUBIC
         return image.transform(image.size, Image.Transform.AFFINE, matrix, bicubic, fillcolor=_GREY)
 

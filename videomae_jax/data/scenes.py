@@ -350,16 +350,12 @@ def hold_out(source: SceneSource) -> tuple[SceneSource, SceneSource]:
 
     Of one video alone, it is both.
     """
-    names = sorted({name.rpartition(",")[0] for name in source.ids}, key=_hash)
+    names = sorted({name.rpartition(",")[0] for name in source.ids}, key=sources.hash_of)
     held = set(names[: max(len(names) // 10, 1)]) if len(names) > 1 else set(names)
     places = {True: [], False: []}
     for place, name in enumerate(source.ids):
         places[name.rpartition(",")[0] in held].append(place)
     return source.select(places[len(names) == 1] or places[False]), source.select(places[True])
-
-
-def _hash(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()
 
 
 def _places(file: epath.Path, place: dict[int, int]) -> tuple[int, ...]:

@@ -372,6 +372,7 @@ def _stack(tensors: Mapping[str, np.ndarray], prefix: str, layout: str, width: i
 def _heads(name: str, given: int | None, width: int, published: Mapping[int, int]) -> int:
     if given is None and width not in published:
         raise WeightsError(
-            f"the file does not tell the heads of its {width} wide blocks: pass {name}=... (--{name})"
+            f"the file does not tell the heads of its {width} wide blocks: pass {name}=... (--{name}; in "
+            f"training the size= that it was trained with)"
         )
     return published[width] if given is None else given

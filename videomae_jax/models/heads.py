@@ -73,9 +73,7 @@ class VideoClassifier(nnx.Module):
             keys: one per clip make drop path active.
             frozen: no gradient for the embedding and this many blocks; 0 freezes nothing.
         """
-        tokens = self._encode(pixels, keys, layout, frozen)
-        # Of the first token alone the norm is the same as of all tokens before taking it.
-        return self.norm(tokens.mean(axis=1) if self.config.pooling == "mean" else tokens[:, 0])
+        return self._pool(self._encode(pixels, keys, layout, frozen))
 
     def pooled_and_layers(
         self,
@@ -86,9 +84,11 @@ class VideoClassifier(nnx.Module):
     ) -> tuple[Float[Array, "B D"], Float[Array, "L B D"]]:
         """As `pooled`, and the mean token that leaves each block, float32."""
         tokens, layers = self.encoder.with_layers(*self.encoder.cut(pixels), keys, layout, frozen)
-        tokens = tokens.astype(jnp.float32)
-        pooled = self.norm(tokens.mean(axis=1) if self.config.pooling == "mean" else tokens[:, 0])
-        return pooled, layers.astype(jnp.float32)
+        return self._pool(tokens.astype(jnp.float32)), layers.astype(jnp.float32)
+
+    def _pool(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B D"]:
+        # Of the first token alone the norm is the same as of all tokens before taking it.
+        return self.norm(tokens.mean(axis=1) if self.config.pooling == "mean" else tokens[:, 0])
 
     def _encode(
         self,

@@ -114,12 +114,8 @@ class VideoMAE(nnx.Module):
         layout: Layout = WHOLE,
     ) -> Float[Array, "B N D"]:
         """As `encode_visible` with every tubelet of normalised clips visible."""
-        _, t, h, w, _ = pixels.shape
-        c = self.config
-        grid = tubelets.grid_of((t, h, w), c.tubelet)
-        positions = self._positions(grid, c.encoder.width)[None]
-        tokens = self.encoder(tubelets.patchify(pixels, c.tubelet), positions, keys, layout)
-        return self.encoder.norm(tokens) if c.encoder_norm else tokens
+        tokens = self.encoder(*self.encoder.cut(pixels), keys, layout)
+        return self.encoder.norm(tokens) if self.config.encoder_norm else tokens
 
     def tokens(self, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B N D"]:
         """As `encode_visible` with every tubelet visible, float32."""

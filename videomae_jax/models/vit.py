@@ -81,7 +81,7 @@ class Compute:
         unroll: scan steps per loop iteration; the depth unrolls everything (faster step, slower compile).
         remat: what of a block the backward pass computes again: "none" (fastest), "dots" (all but the
             products of matrices), "full" (all: least memory).
-        attention: "xla", "blocks" (for CPUs) or "cudnn" (NVIDIA GPUs, bfloat16): see `attention.attend`.
+        attention: how it is computed: see `attention.attend`.
     """
 
     dtype: str = "float32"

@@ -143,7 +143,8 @@ def _section(
     more += [f"against {question.baseline}"] if question.baseline else []
     yield f"| {' | '.join(['', 'mean', 'seeds', *more])} |"
     yield "|" + "---|" * (3 + len(more))
-    for row in question.rows:
+    series = list(dict.fromkeys(row.series for row in question.rows))
+    for row in sorted(question.rows, key=lambda row: (series.index(row.series), row.x or 0)):
         cells = [row.name, _mean(rows[row.name]), _each(row, rows[row.name], places)]
         if has_paper:
             cells.append("" if row.paper is None else f"{row.paper:.1f}")
