@@ -400,3 +400,11 @@ def test_reading_is_tried_again_and_decoding_is_not(tmp_path, monkeypatch):
         made = clip.map((0, record))
         assert made["weight"] == weight
         assert len(tries) == (3 if kind is decode.ReadError else 1)
+
+
+def test_each_clip_of_a_video_is_erased_elsewhere(tmp_path):
+    path = clips.write(tmp_path / "a.mp4", clips.numbered_frames(20, 32, 32))
+    clip = pipeline.FinetuneClip(4, 1, (16, 16), flip=False, erasing=1.0, clips_per_video=3)
+    record = {"video": path, "name": "a", "label": 0, "record": 0, "error": ""}
+    made = clip.random_map((0, record), np.random.default_rng(0))
+    assert len(np.unique(made["erase"], axis=0)) == 3

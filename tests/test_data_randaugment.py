@@ -99,3 +99,9 @@ def test_half_of_the_drawn_operations_are_applied(monkeypatch):
     assert abs(np.mean(magnitudes) - 7) < 0.05
     assert abs(np.std(magnitudes) - 0.5) < 0.05
     assert abs(np.mean([level.sign for level in levels])) < 0.1
+
+
+def test_the_older_set_is_weaker_with_a_higher_level():
+    level = randaugment.Level(3.0, -1.0, False, 1, 1)
+    assert level.factor == pytest.approx(0.64)
+    assert (level.posterize_bits, level.solarize_threshold) == (1, 76)

@@ -1,5 +1,6 @@
 """Several processes, one run: real ones on this machine, talking through `jax.distributed`."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -392,3 +393,10 @@ def test_locks_that_are_stale(tmp_path, other, age, is_held):
             assert json.loads(path.read_text())["pid"] == os.getpid()
         assert not path.exists()
         assert path.parent.exists()
+
+
+def test_the_first_number_of_a_process_is_what_jax_begins_with():
+    spec = importlib.util.find_spec("videomae_jax.hosts")
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    assert next(fresh.Interrupt._asked) == 1

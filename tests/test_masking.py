@@ -143,3 +143,19 @@ def test_the_running_cell_keeps_as_many_in_every_slice(ratio, kept):
 def test_running_cells_that_cannot_be(grid, ratio):
     with pytest.raises(ValueError, match="the running cell"):
         masking.running_cell(jax.random.split(jax.random.key(0), 2), grid, ratio)
+
+
+def test_rectangles_of_multi_block(monkeypatch):
+    """V-JEPA's: 0.15 and 0.7 of the plane, aspects from 0.75 to 1.5; one here, so that it is seen whole."""
+    monkeypatch.setattr(masking, "_SHORT", (1, masking._SHORT[1]))
+    monkeypatch.setattr(masking, "_LONG", (1, masking._LONG[1]))
+    draw = jax.vmap(lambda key: masking._blocks(key, 40, 40))
+    planes = np.asarray(draw(jax.random.split(jax.random.key(0), 200))).reshape(-1, 40, 40) > 0
+    tall, wide = planes.any(2).sum(1), planes.any(1).sum(1)
+    np.testing.assert_array_equal(planes.sum((1, 2)), tall * wide)
+    is_long, aspect = tall * wide > 800, tall / wide
+    assert 0.4 < is_long.mean() < 0.6
+    assert (tall * wide)[is_long].mean() / 1600 == pytest.approx(0.7, abs=0.02)
+    assert (tall * wide)[~is_long].mean() / 1600 == pytest.approx(0.15, abs=0.01)
+    assert 0.7 < aspect[~is_long].min() < 0.85
+    assert 1.35 < aspect[~is_long].max() < 1.6

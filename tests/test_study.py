@@ -311,3 +311,9 @@ def test_sigterm_ends_a_study_and_its_runs_where_ctrl_c_is_ignored(tmp_path):
     assert "the same command resumes" in process.communicate(timeout=120)[1]
     assert process.returncode == 130
     assert subprocess.run(["pgrep", "-f", f"workdir={tmp_path}"], check=False).returncode == 1
+
+
+def test_a_row_is_above_chance_where_its_interval_is():
+    chance = report._CHANCE
+    assert report._mean({0: chance + 1, 1: chance + 9}).endswith("*")
+    assert not report._mean({0: chance + 8, 1: chance + 8.1}).endswith("*")

@@ -14,6 +14,7 @@ from videomae_jax import config as settings
 from videomae_jax.data import pairs, prepared
 from videomae_jax.models import contrast, views
 from videomae_jax.models.layout import WHOLE, Layout
+from videomae_jax.tasks.contrast import Contrast
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +184,36 @@ def test_the_frozen_embedding_has_no_gradient(task, rng):
     grads = jax.grad(total)(params)
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads["encoder"]["embed"]))
     assert np.asarray(grads["encoder"]["blocks"]["attention"]["qkv"]).any()
+
+
+def test_each_view_meets_the_other_one_of_the_momentum_encoder(task, monkeypatch, rng):
+    first, second = (jnp.asarray(rng.normal(size=(4, task.width)), jnp.float32) for _ in "ab")
+    ours, theirs = (first, first + 1), (second, second + 1)
+    params = task.init(jax.random.key(0))
+    others = task.others(params)
+    monkeypatch.setattr(Contrast, "_views", lambda *_: None)
+    monkeypatch.setattr(Contrast, "_project", lambda _, tree, *rest: theirs if tree is others else ours)
+    monkeypatch.setattr(contrast, "apply_mlp", lambda _params, x, *_: x)
+    seen = []
+    monkeypatch.setattr(
+        contrast, "info_nce", lambda q, k, *_: seen.append((q, k)) or (jnp.ones(4), jnp.ones(4))
+    )
+    batch = {"weight": jnp.ones(8), "index": jnp.arange(8, dtype=jnp.uint32)}
+    task.terms(params, others, batch, jax.random.key(1), jnp.int32(0), WHOLE)
+    expected = [(ours[0], theirs[1]), (ours[1], theirs[0])]
+    for found, pair in zip(seen, expected, strict=True):
+        for x, y in zip(found, pair, strict=True):
+            np.testing.assert_array_equal(x, contrast.normalized(y))
+
+
+def test_views_are_those_of_byol():
+    assert vars(views.FIRST) == {"jitter": 0.8, "grey": 0.2, "blur": 1.0, "solarise": 0.0}
+    assert vars(views.SECOND) == {"jitter": 0.8, "grey": 0.2, "blur": 0.1, "solarise": 0.2}
+
+
+def test_a_pixel_without_colour_is_moved_by_brightness_and_contrast_alone():
+    key = jax.random.key(3)
+    brightness, contrasts, *_ = 1 + 0.4 * jax.random.uniform(key, (4,), minval=-1.0, maxval=1.0)
+    grey = jnp.broadcast_to(jnp.linspace(0.3, 0.5, 4)[:, None], (1, 1, 4, 3))
+    found, steps = jnp.diff(views._jitter(grey, key), axis=2), jnp.diff(grey, axis=2)
+    np.testing.assert_allclose(found, brightness * contrasts * steps, rtol=1e-4)

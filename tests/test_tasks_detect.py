@@ -1,6 +1,7 @@
 """Training and testing detectors, as a user runs them, and what is refused."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import time
@@ -358,3 +359,14 @@ def test_a_published_detector_is_tested_by_the_numbers_of_its_actions(boxed, tmp
     texts = [(tmp_path / f"out {name}" / "detections.csv").read_text() for name in told]
     assert texts[0] == texts[1]
     assert found["export"]["mAP"] == found["ava.safetensors"]["mAP"]
+
+
+def test_the_score_of_a_box_weighs_in_the_metric_and_in_the_file(boxed):
+    source = scenes.open_scenes(str(boxed), "test").select([0])
+    scene = source.scenes[0]
+    source = dataclasses.replace(source, scenes=(scene._replace(scores=scene.scores * 0.5),))
+    scores = np.full((len(scene.corners), len(source.classes)), 0.8, np.float32)
+    found = detections.Found(source, source, {0: scores}, {})
+    written = [float(row[-1]) for row in detections.rows_of(found)]
+    np.testing.assert_allclose(written, 0.4, atol=1e-5)
+    np.testing.assert_allclose(found.boxes.scores, written)

@@ -46,3 +46,8 @@ def test_decay_moves_matrices_only():
 def test_a_parameter_without_a_rule_is_named():
     with pytest.raises(ValueError, match="no rule matches 'encoder/temperature'"):
         optim.decay_mask({"encoder": {"temperature": jnp.zeros(1)}})
+
+
+def test_what_is_no_matrix_does_not_decay():
+    flat = {name: jnp.zeros(2) for name in ("query", "gamma1", "gamma2", "q_bias", "mask_token", "scale")}
+    assert not any(optim.decay_mask(flat).values())

@@ -142,3 +142,27 @@ def test_no_random_stream_serves_two_uses():
         for key in (parent, *children, *jax.random.split(parent, 20), *jax.random.split(children[0], 20)):
             assert keys.setdefault(np.asarray(jax.random.key_data(key)).tobytes(), number) == number
     assert len(keys) > 20 * len(parents)
+
+
+def test_a_gradient_that_is_not_finite_of_a_loss_that_is():
+    def poisoned(params, *rest):
+        terms = TASK.terms(params, *rest)
+        return terms._replace(total=terms.total + jnp.sqrt(0.0 * params["encoder"]["embed"]["bias"].sum()))
+
+    state, train_step = prepare(mesh_of(1), poisoned)
+    before = jax.device_get(state.params)
+    state, metrics = train_step(state, sharding.global_batch(mesh_of(1), batch_of()), ROOT)
+    assert np.isfinite(metrics["loss"])
+    assert metrics["skipped"] == 1
+    jax.tree.map(np.testing.assert_array_equal, before, state.params)
+
+
+def test_the_average_keeps_its_share():
+    tx = optim.adamw((0.9, 0.95), 1e-8, 0.05, 0.0)
+    mesh = mesh_of(1)
+    state, shardings = step.init_state(step.Recipe(TASK.init, tx, has_ema=True), mesh, 0)
+    before = jax.device_get(state.params)
+    go = step.make_train_step(TASK.terms, tx, lambda _: jnp.float32(0.1), mesh, shardings, ema_decay=0.9)
+    state, _ = go(state, sharding.global_batch(mesh, batch_of()), ROOT)
+    expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, before, jax.device_get(state.params))
+    assert_trees_close(state.ema, expected, atol=1e-6)
