@@ -370,3 +370,14 @@ def test_the_score_of_a_box_weighs_in_the_metric_and_in_the_file(boxed):
     written = [float(row[-1]) for row in detections.rows_of(found)]
     np.testing.assert_allclose(written, 0.4, atol=1e-5)
     np.testing.assert_allclose(found.boxes.scores, written)
+
+
+def test_colours_are_shifted_by_as_much_as_published(boxed, rng):
+    """10 of 180 for the hue, 26 of 255 for saturation and value, whole numbers."""
+    task = task_of(settings_of(boxed))
+    clip = jnp.asarray(rng.uniform(size=(2, 4, 4, 3)), jnp.float32)
+    for number in range(4):
+        key = jax.random.key(number)
+        most = jnp.array([10, 26, 26])
+        shift = jax.random.randint(key, (3,), -most, most + 1) / jnp.array([180.0, 255.0, 255.0])
+        np.testing.assert_allclose(task._recoloured(clip, key), shift_hsv(clip, shift), atol=1e-6)

@@ -1,6 +1,8 @@
 """What a run hands on to its step: every setting, and how far it is."""
 
 import copy
+import inspect
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from conftest import load_config, mesh_of, task_of
 from videomae_jax import config as settings
 from videomae_jax import storage
 from videomae_jax.data import prepared
-from videomae_jax.training import optim, step, trainer
+from videomae_jax.training import optim, step, trainer, validation
 from videomae_jax.training.feed import TrainingError
 from videomae_jax.training.guard import Guard
 
@@ -69,3 +71,14 @@ def test_only_skipped_steps_in_a_row_end_a_run(shapes, tmp_path):
     assert guard.skipped == 2
     with pytest.raises(TrainingError, match="2 steps in a row"):
         guard.look(3, {"loss": 1.0, "grad_norm": 1.0, "clips": 1.0, "skipped": 1.0}, fields)
+
+
+def test_the_average_of_the_weights_is_what_is_validated(monkeypatch):
+    looked, seen = validation.Validation.__new__(validation.Validation), []
+    looked._validate = lambda params, _: seen.append(params) or {}
+    looked._task = types.SimpleNamespace(best_by="")
+    log = types.SimpleNamespace(exclude=lambda _: None)
+    look = inspect.unwrap(validation.Validation.look)
+    for ema, expected in ((jnp.ones(1), 1.0), (None, 0.0)):
+        look(looked, step.TrainState(jnp.int32(1), jnp.zeros(1), None, ema), log)
+        assert float(seen.pop()[0]) == expected

@@ -13,7 +13,6 @@ from absl import flags
 
 from videomae_jax import pages
 from videomae_jax.commands import COMMANDS
-from videomae_jax.keys import KEYS
 
 _USAGE = """usage: python -m videomae_jax COMMAND [--flag=value ...]
 
@@ -120,9 +119,9 @@ def _explain(error: Exception, debug: bool) -> int:
         while isinstance(text, AttributeError | KeyError) and text.args:  # an error of an error of a text
             text = text.args[0]
         if unknown := re.fullmatch(r"'?(\w+)'?", str(text)):
-            same = [f"--config.{key}" for key in KEYS if key.rpartition(".")[2] == unknown[1]]
-            known = f"use {' or '.join(same)}" if same else "videomae_jax/keys.py has all there are"
-            text = f"there is no setting {unknown[1]} there: {known}"
+            from videomae_jax import config
+
+            text = config.unknown(unknown[1])
         return _complain(f"--config: {text}")
     if isinstance(error, OSError):
         return _complain(str(error))

@@ -198,7 +198,13 @@ def _convert(values: Any, arguments: list[str], _started: float) -> None:
     source, target = arguments
     how = (values.layout, values.dtype, values.position_resize)
     model = weights.convert(source, target, *how, hints=_hints(values))
-    print(f"{target}: {type(model).__name__}, layout {values.layout}, {model.config}")
+    config = model.config
+    of = f" of {len(config.classes)} classes" if hasattr(config, "classes") else ""
+    clip = " x ".join(map(str, config.clip_size))
+    print(
+        f"{target}: {type(model).__name__}{of}, layout {values.layout}, encoder {config.encoder.width} x "
+        f"{config.encoder.depth}, {config.encoder.num_heads} heads, clips of {clip}"
+    )
     stride = weights.read_recipe(source, _hints(values)).get("stride")
     if values.layout == "official" and stride not in (None, weights.published_stride(model.config)):
         print(f"warning: {target} cannot tell how frames are sampled: pass --stride={stride} with it")

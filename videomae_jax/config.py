@@ -147,6 +147,13 @@ class Schedule:
     end_lr: float
 
 
+def unknown(name: str) -> str:
+    """What to say of a setting that is not where it was looked for."""
+    same = [f"--config.{key}" for key in KEYS if key.rpartition(".")[2] == name]
+    known = f"use {' or '.join(same)}" if same else "videomae_jax/keys.py has all there are"
+    return f"there is no setting {name} there: {known}"
+
+
 def make_schedule(config: Config, num_videos: int) -> Schedule:
     """Turns epochs into steps and scales the learning rates, once.
 

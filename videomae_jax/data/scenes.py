@@ -19,7 +19,7 @@ import functools
 import hashlib
 import io
 import os
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -77,6 +77,7 @@ class SceneSource(Source):
     scenes: tuple[Scene, ...] = ()
     files: tuple[tuple[str, str], ...] = ()
     numbers: tuple[int, ...] = ()
+    noun: ClassVar[str] = "key frames"
     scored: tuple[int, ...] = ()
     missing: int = 0
     excluded: frozenset[str] = frozenset()

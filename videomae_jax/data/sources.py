@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypedDict, TypeVar
+from typing import ClassVar, TypedDict, TypeVar
 
 import numpy as np
 from etils import epath
@@ -80,6 +80,7 @@ class Source(abc.ABC):
     classes: tuple[str, ...] = ()
     targets: tuple[tuple[float, ...], ...] = ()
     head: str = "softmax"
+    noun: ClassVar[str] = "videos"
     notes: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     short_side: int = 0

@@ -164,6 +164,7 @@ def _announce(run: Run, task: Task) -> None:
     devices += f" of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     loader = feed.loader_size(config, trainer.host_batch_bytes(run, task))
     report.say(
-        f"{config.task}: {len(run.videos.train)} videos, {run.schedule.total_steps} steps of "
-        f"{config.data.batch_size} clips on {devices}, {task.describe()}, loader: {loader}"
+        f"{config.task}: {len(run.videos.train)} {run.videos.train.noun}, "
+        f"{run.schedule.total_steps} steps of {config.data.batch_size} clips on {devices}, "
+        f"{task.describe()}, loader: {loader}"
     )
