@@ -199,7 +199,8 @@ def _convert(values: Any, arguments: list[str], _started: float) -> None:
     how = (values.layout, values.dtype, values.position_resize)
     model = weights.convert(source, target, *how, hints=_hints(values))
     config = model.config
-    of = f" of {len(config.classes)} classes" if hasattr(config, "classes") else ""
+    classes = getattr(config, "classes", ())
+    of = f" of {len(classes)} classes" if classes else ""
     clip = " x ".join(map(str, config.clip_size))
     print(
         f"{target}: {type(model).__name__}{of}, layout {values.layout}, encoder {config.encoder.width} x "
