@@ -174,3 +174,13 @@ def test_a_mark_of_byte_order_is_no_part_of_a_class(tmp_path):
     sizes = {"num_heads": None, "decoder_num_heads": None, "clip_size": "", "stride": None}
     given = argparse.Namespace(classes=str(tmp_path / "classes.txt"), **sizes)
     assert commands._hints(given).classes == ("speed", "height")
+
+
+def test_which_weights_of_a_work_folder_are_taken_is_said(use, tmp_path):
+    """The test at the end of training, and evaluate, take the best ones."""
+    for name in ("run", "run/best"):
+        (tmp_path / name).mkdir()
+    for path, is_said in (("run", True), ("run/best", False)):
+        status, _, error = use("predict", "SHAPES", f"--checkpoint={tmp_path / path}")
+        assert status == 2
+        assert ("run/best has the weights that were tested" in error) == is_said

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,6 +93,13 @@ def _hints(values: Any) -> Any:
     return weights.Hints(values.num_heads, values.decoder_num_heads, size, classes or None, stride)
 
 
+def _say_which(checkpoint: str) -> None:
+    """Says that a work folder's newest checkpoint is taken, where it has best weights too."""
+    if (storage.at(checkpoint) / "best").is_dir():
+        best = f"{checkpoint}/best has the weights that were tested"
+        print(f"{checkpoint}: its newest checkpoint is taken; {best}", file=sys.stderr, flush=True)
+
+
 def _evaluate(values: Any, _arguments: list[str], _started: float) -> None:
     _compile_cache()
     _start_hosts(values.hosts)
@@ -145,6 +153,7 @@ def _embed(values: Any, arguments: list[str], _started: float) -> None:
     _find_devices()
     from videomae_jax.apps import embed
 
+    _say_which(values.checkpoint)
     names = ("step", "per_token", "batch", "split")
     options = embed.Options(**{name: getattr(values, name) for name in names}, hints=_hints(values))
     summary = embed.run(arguments, values.checkpoint, values.out, options)
@@ -174,6 +183,7 @@ def _predict(values: Any, arguments: list[str], _started: float) -> None:
         text = classes or row["error"].removeprefix(f"{row['id']}: ")
         print(f"{row['id']}: {text}", flush=True)
 
+    _say_which(values.checkpoint)
     names = ("top", "segments", "crops", "split")
     options = predict.Options(**{name: getattr(values, name) for name in names}, hints=_hints(values))
     predict.run(arguments, values.checkpoint, values.out, options, say)
@@ -196,6 +206,7 @@ def _convert(values: Any, arguments: list[str], _started: float) -> None:
     from videomae_jax.interop import weights
 
     source, target = arguments
+    _say_which(source)
     how = (values.layout, values.dtype, values.position_resize)
     model = weights.convert(source, target, *how, hints=_hints(values))
     config = model.config
@@ -360,6 +371,7 @@ def _detect(values: Any, arguments: list[str], _started: float) -> None:
     _find_devices()
     from videomae_jax.apps import detect
 
+    _say_which(values.checkpoint)
     names = ("boxes", "every", "top", "least", "threshold")
     options = detect.Options(**{name: getattr(values, name) for name in names})
     detect.run(arguments[0], values.checkpoint, values.out, options, _hints(values))
