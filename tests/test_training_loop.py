@@ -257,8 +257,9 @@ def test_what_was_trained_before_videos_went_bad_is_kept(debug_config, tmp_path,
     with pytest.raises(settings.UserError, match="2 of 8 videos"):
         table.train(c, tmp_path, time.time())
     assert export.newest_step(tmp_path / "checkpoints") == (a_while + 2 if epochs else None)
-    monkeypatch.setattr(trainer.Trainer, "_look", look)
-    assert table.train(c, tmp_path, time.time())["step"] == a_while + 4
+    if epochs:
+        monkeypatch.setattr(trainer.Trainer, "_look", look)
+        assert table.train(c, tmp_path, time.time())["step"] == a_while + 4
 
 
 @pytest.mark.slow
