@@ -25,6 +25,7 @@ from videomae_jax.interop import export
 from videomae_jax.tasks import table
 from videomae_jax.tasks.pretrain import Pretrain
 from videomae_jax.training import compute, feed, loop, splits, trainer
+from videomae_jax.training.guard import Guard
 
 STEPS = 40
 
@@ -244,21 +245,23 @@ def test_a_bad_video_is_named_counted_and_left_out(with_a_broken_video, tmp_path
 @pytest.mark.parametrize("epochs", [0, 2])
 def test_what_was_trained_before_videos_went_bad_is_kept(debug_config, tmp_path, monkeypatch, epochs):
     """But not within the first epoch, of which a work folder must be free to begin anew on other videos."""
-    look, c = trainer.Trainer._look, debug_config
+    look, c = Guard.look, debug_config
     a_while = epochs * 4 + 1
     c.optim.duration, c.checkpoint.every = a_while + 4, 1000
 
-    def broken(self, pending, **validated):
-        if pending and pending[0] == a_while:
-            raise feed.TooManyBadVideos("2 of 8 videos cannot be decoded")
-        look(self, pending, **validated)
+    def less(self, number, *rest):
+        return look(self, number, *rest) | ({"clips": 0.0} if number == a_while else {})
 
-    monkeypatch.setattr(trainer.Trainer, "_look", broken)
+    def too_many(_self, _failed):
+        raise feed.TooManyBadVideos("2 of 8 videos cannot be decoded")
+
+    monkeypatch.setattr(Guard, "look", less)
+    monkeypatch.setattr(feed.BadVideos, "count", too_many)
     with pytest.raises(settings.UserError, match="2 of 8 videos"):
         table.train(c, tmp_path, time.time())
     assert export.newest_step(tmp_path / "checkpoints") == (a_while + 2 if epochs else None)
     if epochs:
-        monkeypatch.setattr(trainer.Trainer, "_look", look)
+        monkeypatch.setattr(Guard, "look", look)
         assert table.train(c, tmp_path, time.time())["step"] == a_while + 4
 
 

@@ -173,11 +173,7 @@ class Trainer:
             with jax.profiler.StepTraceAnnotation("train", step_num=number):
                 state, metrics = train_step(state, batch, root)
             # The step before has finished by now, or nearly so: the device is never kept waiting.
-            try:
-                self._look(pending)
-            except feed.TooManyBadVideos:
-                self._keep(state)
-                raise
+            self._look(pending, state)
             pending = (number, metrics, host_fields)
             if number == start:
                 jax.block_until_ready(metrics)
@@ -185,7 +181,7 @@ class Trainer:
             if validation.is_due(number + 1):
                 with self.watchdog.paused():
                     validated = validation.look(state, self.log)
-                self._look(pending, **validated)
+                self._look(pending, state, **validated)
                 pending = None
             is_over = number + 1 == total or validation.is_hopeless(number + 1)
             is_interrupted = interrupt.is_due()
@@ -194,23 +190,31 @@ class Trainer:
             is_last = is_interrupted or is_over
             if is_last or (number + 1) % self.schedule.checkpoint_steps == 0:
                 # Logged before it is saved, so that no resumed log lacks a line.
-                self._look(pending)
+                self._look(pending, state)
                 pending = None
                 self._save(state)
             if is_last:
                 break
         return state, is_over
 
-    def _look(self, pending: Pending | None, **validated: float) -> None:
-        """Logs a step, once its numbers are there."""
+    def _look(self, pending: Pending | None, state: step.TrainState, **validated: float) -> None:
+        """Logs a step, once its numbers are there.
+
+        Args:
+            state: the newest one.
+        """
         if pending is None:
             return
         number, metrics, host_fields = pending
         values = self.guard.look(number, metrics, host_fields)
         self.watchdog.beat()
         if values["clips"] < self.config.data.batch_size:  # some host had a bad video: all look, at once
-            for failed in hosts.gather(feed.failed(host_fields)):
-                self.bad.count(failed)
+            try:
+                for failed in hosts.gather(feed.failed(host_fields)):
+                    self.bad.count(failed)
+            except feed.TooManyBadVideos:
+                self._keep(state)
+                raise
         # Of a step that is skipped the guard has said what there is.
         if not values["skipped"] and not self.has_warned and (text := self.task.warning(values)):
             self.has_warned = True
