@@ -308,7 +308,7 @@ def test_sigterm_ends_a_study_and_its_runs_where_ctrl_c_is_ignored(tmp_path):
         time.sleep(0.2)
     time.sleep(3)
     process.terminate()
-    assert "the same command resumes" in process.communicate(timeout=120)[1]
+    assert "the same command goes on" in process.communicate(timeout=120)[1]
     assert process.returncode == 130
     assert subprocess.run(["pgrep", "-f", f"workdir={tmp_path}"], check=False).returncode == 1
 
