@@ -47,7 +47,9 @@ def make_task(
         "compute": vit.Compute(dtype, unroll, remat, attention),
     }
     if name == "pretrain":
-        return Pretrain(VideoMAEConfig(**backbone, decoder=size.decoder), "tube", 0.9, True, "mse", stride=4)
+        model = VideoMAEConfig(**backbone, decoder=size.decoder)
+        how = {"mask": "tube", "mask_ratio": 0.9, "normalize_target": True, "loss_kind": "mse", "stride": 4}
+        return Pretrain(model=model, **how)
     model = ClassifierConfig(**backbone, classes=tuple(map(str, range(CLASSES))))
     plain = {"policy": None, "flip": False, "erasing": 0.0, "area": (1.0, 1.0), "mix": None}
     return Finetune(model, stride=4, **plain, clips_per_video=1, smoothing=0.1, class_weights=None)

@@ -30,7 +30,12 @@ BACKBONE = {
     "drop_path": 0.3,
 }
 PRETRAIN = Pretrain(
-    VideoMAEConfig(**BACKBONE, decoder=vit.Stack(32, 2, 4, 128)), "tube", 0.75, True, "mse", 1
+    model=VideoMAEConfig(**BACKBONE, decoder=vit.Stack(32, 2, 4, 128)),
+    mask="tube",
+    mask_ratio=0.75,
+    normalize_target=True,
+    loss_kind="mse",
+    stride=1,
 )
 FINETUNE = Finetune(
     ClassifierConfig(**BACKBONE, classes=tuple("abcdefgh"), head_dropout=0.2, head_scale=1.0),

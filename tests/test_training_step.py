@@ -25,7 +25,7 @@ CONFIG = VideoMAEConfig(
     encoder=vit.Stack(24, 2, 2, 48),
     decoder=vit.Stack(16, 1, 2, 32),
 )
-TASK = Pretrain(CONFIG, "tube", 0.75, True, "mse", 1)
+TASK = Pretrain(model=CONFIG, mask="tube", mask_ratio=0.75, normalize_target=True, loss_kind="mse", stride=1)
 ROOT = jax.random.key(7)
 
 

@@ -16,47 +16,31 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from videomae_jax.config import Config, UserError
-from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
 from videomae_jax.interop import export, weights
 from videomae_jax.models import functional, masking, resizing, tubelets, vit
 from videomae_jax.models.layout import Layout
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
-from videomae_jax.tasks import backbone, knn
+from videomae_jax.tasks import backbone, masked
+from videomae_jax.tasks.masked import Masked
 from videomae_jax.training import report
 from videomae_jax.training.step import Batch, Terms, TrainState, clip_keys
-from videomae_jax.training.task import Run, Task, Validate
+from videomae_jax.training.task import Run
 
 
-@dataclasses.dataclass(frozen=True)
-class Latent(Task[VideoMAEConfig]):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Latent(Masked):
     """Prediction of a teacher's tokens at hidden places from the visible tubelets.
+
+    The loss is to the teacher's tokens, each with mean 0 and variance 1.
 
     Attributes:
         model: encoder, and the predictor as its decoder.
         teacher: of the frozen encoder, which sees all tubelets.
-        mask, mask_ratio, stride, clips_per_video, short_side: as those of `Pretrain`.
-        loss_kind: "l1", "mse" or "smooth_l1" to the teacher's tokens, each with mean 0 and variance 1.
     """
 
-    model: VideoMAEConfig
     teacher: VideoMAEConfig
-    mask: str
-    mask_ratio: float
-    loss_kind: str
-    stride: int
-    clips_per_video: int = 1
-    short_side: int = 0
     exported: ClassVar[tuple[str, ...]] = ("encoder",)
-
-    @property
-    def graphdef(self) -> Any:
-        """The student without its parameters."""
-        return functional.abstract(VideoMAE, self.model)[0]
-
-    def init(self, key: Key[Array, ""]) -> dict:
-        """Encoder and predictor from nothing."""
-        return functional.init(VideoMAE, self.model, key)
 
     @property
     def _teacher_parts(self) -> tuple[Any, dict]:
@@ -96,29 +80,13 @@ class Latent(Task[VideoMAEConfig]):
     ) -> Terms:
         """The error of predicted tokens, a mean over hidden places; see `Task.terms`."""
         model, video = nnx.merge(self.graphdef, params), resizing.clips(batch, self.model.clip_size[1:])
-        mask_keys = clip_keys(root, "mask", batch["index"])
-        visible, hidden = masking.indices(mask_keys, self.mask, self.model.grid, self.mask_ratio)
+        visible, hidden = self.masks(batch, root)
         keys = clip_keys(root, "drop_path", batch["index"]) if self.model.drop_path > 0 else None
         predicted = model.predict(video, visible, hidden, keys, layout)
         target = tubelets.take(jax.lax.stop_gradient(self.targets(others, video, layout)), hidden)
         losses = tubelets.reconstruction_error(predicted, target, self.loss_kind)
         weight = batch["weight"]
         return Terms((weight[:, None] * losses).sum(), weight.sum() * hidden.shape[1], {})
-
-    def pooled(self, params: dict, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B D"]:
-        """Mean of all tokens of whole clips: what k-NN looks at."""
-        return nnx.merge(self.graphdef, params).raw_features(video)
-
-    @property
-    def clip_transform(self) -> pipeline.PretrainClip:
-        """Record -> training clip."""
-        frames, *size = self.model.clip_size
-        how = (self.clips_per_video, self.short_side)
-        return pipeline.PretrainClip(frames, self.stride, (size[0], size[1]), *how)
-
-    def validator(self, run: Run) -> Validate:
-        """k-NN on pooled tokens; see `knn.validator`."""
-        return knn.validator(self.pooled, self.stride, run)
 
     def finish(self, run: Run, state: TrainState) -> dict[str, Any]:
         """Nothing is left: there are no pixels to draw."""
@@ -160,13 +128,12 @@ def make(config: Config, train: Source | None, _weights: str) -> Latent:
     Raises:
         UserError, ValueError: sizes and settings that do not fit together.
     """
-    if config.data.stride < 1:
-        raise UserError("data.stride=0 (one frame of each part) is for finetuning: use at least 1")
-    fields = backbone.fields(config)
+    shared = masked.fields(config, train)
     teacher: VideoMAEConfig = backbone.read_teacher(config, VideoMAEConfig)
     teacher = dataclasses.replace(teacher, decoder=None)
     model = VideoMAEConfig.from_dict(
-        fields | {"decoder": config.model.decoder.to_dict(), "target_width": teacher.encoder.width}
+        backbone.fields(config)
+        | {"decoder": config.model.decoder.to_dict(), "target_width": teacher.encoder.width}
     )
     ours, theirs = ((c.clip_size, c.tubelet, c.channels) for c in (model, teacher))
     if ours != theirs:
@@ -177,14 +144,7 @@ def make(config: Config, train: Source | None, _weights: str) -> Latent:
     task = Latent(
         model=model,
         teacher=dataclasses.replace(teacher, compute=model.compute),
-        mask=config.mask.kind,
-        mask_ratio=config.mask.ratio,
-        loss_kind=config.loss.kind,
-        stride=config.data.stride,
-        clips_per_video=config.data.clips_per_video,
-        short_side=train.short_side if train is not None and config.data.resize == "device" else 0,
+        **shared,
     )
     masking.counts(task.mask, task.model.grid, task.mask_ratio)
-    if task.loss_kind not in tubelets.LOSSES:
-        raise UserError(f"loss.kind={task.loss_kind!r} is unknown: use {', '.join(tubelets.LOSSES)}")
     return task

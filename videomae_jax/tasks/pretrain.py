@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key
 
 from videomae_jax import hosts, sharding
 from videomae_jax.apps import reconstruct
@@ -17,63 +17,38 @@ from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
 from videomae_jax.evaluation import reconstruction
 from videomae_jax.interop import export
-from videomae_jax.models import functional, masking, resizing, tubelets, vit
+from videomae_jax.models import masking, resizing, vit
 from videomae_jax.models.layout import Layout
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
-from videomae_jax.tasks import backbone, knn
+from videomae_jax.tasks import backbone, masked
+from videomae_jax.tasks.masked import Masked
 from videomae_jax.training import report
 from videomae_jax.training.splits import spread
 from videomae_jax.training.step import Batch, Terms, TrainState, clip_keys
-from videomae_jax.training.task import Run, Task, Validate
+from videomae_jax.training.task import Run
 
 _FINAL_CLIPS = 64  # held-out clips that the final PSNR is measured on, at most
 
 
-@dataclasses.dataclass(frozen=True)
-class Pretrain(Task[VideoMAEConfig]):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrain(Masked):
     """Masked autoencoding (arXiv 2203.12602).
 
     Attributes:
-        mask: kind of it, see `masking.indices`; `mask_ratio` of it is hidden.
         normalize_target: predict normalised tubelets (published) or pixels in 0..1.
-        loss_kind: "mse" (published), "l1" or "smooth_l1".
-        stride: frames of the file from one frame of a clip to the next.
-        clips_per_video: crops, each with its own mask, of the same decoded frames.
         decoder_mask: "running_cell": the decoder sees mask tokens at the places that it keeps only, without
             `decoder_ratio` of all, and the loss is over those of them that are hidden (VideoMAE V2, arXiv
             2303.16727). "none": at all hidden places, as in V1.
-        short_side: of the videos' frames, at most: crops are resized on the device; 0: by the loader.
     """
 
-    model: VideoMAEConfig
-    mask: str
-    mask_ratio: float
     normalize_target: bool
-    loss_kind: str
-    stride: int
-    clips_per_video: int = 1
     decoder_mask: str = "none"
     decoder_ratio: float = 0.5
-    short_side: int = 0
     last_phase: ClassVar[str] = "pictures"
-
-    @property
-    def graphdef(self) -> Any:
-        """The module without its parameters."""
-        return functional.abstract(VideoMAE, self.model)[0]
-
-    def init(self, key: Key[Array, ""]) -> dict:
-        """Parameters at the start of training, a nested dict of float32 arrays."""
-        return functional.init(VideoMAE, self.model, key)
 
     def start(self, config: Config, names: list[str]) -> dict[str, np.ndarray]:
         """The encoder of `init_from`, and its decoder where it has the same sizes; see `transfer.read`."""
         return backbone.start(config, self.model, names)
-
-    def masks(self, batch: Batch, root: Key[Array, ""]) -> masking.Indices:
-        """(visible, hidden) of each example; a function of (root key, global example index) only."""
-        keys = clip_keys(root, "mask", batch["index"])
-        return masking.indices(keys, self.mask, self.model.grid, self.mask_ratio)
 
     def decoded(
         self, batch: Batch, root: Key[Array, ""], hidden: Int[Array, "B M"]
@@ -110,10 +85,6 @@ class Pretrain(Task[VideoMAEConfig]):
         counts = batch["weight"][:, None] * counts
         return Terms((counts * losses).sum(), counts.sum(), {})
 
-    def pooled(self, params: dict, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B D"]:
-        """Mean of all tokens of whole clips: what k-NN looks at."""
-        return nnx.merge(self.graphdef, params).raw_features(video)
-
     def flops_per_clip(self) -> float:
         """Floating-point operations of a clip's forward and backward pass; see `vit.block_flops`."""
         c, decoder = self.model, self.model.decoder
@@ -130,13 +101,6 @@ class Pretrain(Task[VideoMAEConfig]):
         if self.decoder_mask == "none":
             return visible, hidden
         return visible, masking.running_cell_count(self.model.grid, self.decoder_ratio)
-
-    @property
-    def clip_transform(self) -> pipeline.PretrainClip:
-        """Record -> training clip."""
-        frames, *size = self.model.clip_size
-        how = (self.clips_per_video, self.short_side)
-        return pipeline.PretrainClip(frames, self.stride, (size[0], size[1]), *how)
 
     def metadata(self) -> dict[str, Any]:
         """What is stored beside the parameters."""
@@ -160,10 +124,6 @@ class Pretrain(Task[VideoMAEConfig]):
             f"encoder {encoder.width}x{encoder.depth}, decoder {decoder.width}x{decoder.depth}, "
             f"{visible} visible and {decoded} predicted tubelets, {self.model.compute.dtype}"
         )
-
-    def validator(self, run: Run) -> Validate:
-        """k-NN on pooled tokens; see `knn.validator`."""
-        return knn.validator(self.pooled, self.stride, run)
 
     def finish(self, run: Run, state: TrainState) -> dict[str, Any]:
         """Reconstructs held-out clips: PSNR into the summary, pictures into the work folder; on one host."""
@@ -216,21 +176,14 @@ def make(config: Config, train: Source | None, path: str) -> Pretrain:
     Raises:
         UserError, ValueError: sizes and settings that do not fit together.
     """
-    if config.data.stride < 1:
-        raise UserError("data.stride=0 (one frame of each part) is for finetuning: use at least 1")
     task = Pretrain(
+        **masked.fields(config, train),
         model=VideoMAEConfig.from_dict(
             backbone.fields(config)
             | {"decoder": config.model.decoder.to_dict()}
             | backbone.kept(config, path)
         ),
-        mask=config.mask.kind,
-        mask_ratio=config.mask.ratio,
         normalize_target=config.loss.normalize_target,
-        loss_kind=config.loss.kind,
-        stride=config.data.stride,
-        clips_per_video=config.data.clips_per_video,
-        short_side=train.short_side if train is not None and config.data.resize == "device" else 0,
         decoder_mask=config.mask.decoder,
         decoder_ratio=config.mask.decoder_ratio,
     )
@@ -238,8 +191,6 @@ def make(config: Config, train: Source | None, path: str) -> Pretrain:
         known = " or ".join(masking.DECODER_KINDS)
         raise UserError(f"mask.decoder={task.decoder_mask!r} is unknown: use {known}")
     task._counts()  # refuses what does not fit the grid
-    if task.loss_kind not in tubelets.LOSSES:
-        raise UserError(f"loss.kind={task.loss_kind!r} is unknown: use {', '.join(tubelets.LOSSES)}")
     if config.log.statistics not in reconstruction.STATISTICS:
         modes = ", ".join(reconstruction.STATISTICS)
         raise UserError(f"log.statistics={config.log.statistics} is unknown: use {modes}")
