@@ -242,7 +242,7 @@ def test_a_bad_video_is_named_counted_and_left_out(with_a_broken_video, tmp_path
     assert summary["bad_held_out_videos"].keys() == {"broken.mp4"}
 
 
-@pytest.mark.parametrize("epochs", [0, 2])
+@pytest.mark.parametrize("epochs", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_what_was_trained_before_videos_went_bad_is_kept(debug_config, tmp_path, monkeypatch, epochs):
     """But not within the first epoch, of which a work folder must be free to begin anew on other videos."""
     look, c = Guard.look, debug_config
