@@ -127,3 +127,15 @@ def test_the_manifest_of_something_else_makes_no_prepared_data(text, tmp_path, r
     clips.write(tmp_path / "0.mp4", rng.integers(0, 256, (4, 16, 16, 3), np.uint8))
     (tmp_path / "manifest.json").write_text(text)
     assert prepared.open_source(str(tmp_path), "train").ids == ("0.mp4",)
+
+
+def test_a_folder_into_which_nothing_was_stored_may_be_begun_otherwise(tmp_path, rng):
+    (tmp_path / "bad.mp4").write_bytes(b"nothing")
+    clips.write(tmp_path / "good.mp4", rng.integers(0, 256, (4, 16, 16, 3), np.uint8))
+    options = command.Options(processes=1)
+    (tmp_path / "list.csv").write_text("bad.mp4\n")
+    with pytest.raises(prepare.PrepareError, match="none of 1 videos can be decoded"):
+        command.run(str(tmp_path / "list.csv"), str(tmp_path / "prepared"), options)
+    (tmp_path / "list.csv").write_text("good.mp4\n")
+    command.run(str(tmp_path / "list.csv"), str(tmp_path / "prepared"), options)
+    assert len(prepared.open_source(str(tmp_path / "prepared"), "train")) == 1

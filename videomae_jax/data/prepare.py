@@ -294,7 +294,7 @@ def finish(job: Job, max_failed: float = 1.0) -> dict[str, Any]:
     splits = {split: _Sums(job, split) for split in job.collection.splits}
     count = sum(part.records for part in splits.values())
     if not count:
-        storage.remove_tree(storage.at(job.folder))  # there is nothing in it: it may be begun otherwise
+        _clear(job)
         raise PrepareError(f"none of {len(failed)} videos can be decoded, the first: {failed[0]['reason']}")
     share = len(failed) / (count + len(failed))
     if share > max_failed:
@@ -342,6 +342,13 @@ def finish(job: Job, max_failed: float = 1.0) -> dict[str, Any]:
 
 def _round_up(share: float) -> float:
     return min(int(share * 100 + 1) / 100, 1.0)
+
+
+def _clear(job: Job) -> None:
+    """Takes back what was written of a data set without any video: it may be begun otherwise."""
+    storage.remove_tree(job.work())
+    for file in (*map(job.path, job.shards()), storage.at(job.folder) / _SETTINGS):
+        file.unlink(missing_ok=True)
 
 
 def _forget(job: Job, failed: list[dict[str, Any]], final_too: bool = False) -> None:

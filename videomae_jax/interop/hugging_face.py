@@ -11,11 +11,11 @@ from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.models.mae import VideoMAEConfig
 
 PREPROCESSOR = "preprocessor_config.json"
-_PROBLEMS = {
-    "softmax": "single_label_classification",
-    "multilabel": "multi_label_classification",
+_HEADS = {
+    "single_label_classification": "softmax",
+    "multi_label_classification": "multilabel",
     "regression": "regression",
-}
+}  # by their problem_type
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -59,12 +59,9 @@ def fields(hf: dict[str, Any], folder: str | os.PathLike) -> tuple[dict[str, Any
         raise ExportError(
             f"{folder}: config.json has id2label={str(labels)[:60]}, which names no classes by number"
         )
-    problem = hf.get("problem_type")
-    kinds = [kind for kind, name in _PROBLEMS.items() if problem in (name, None)]
-    if not kinds:
-        raise ExportError(
-            f"{folder}: config.json problem_type={problem!r} is none of {list(_PROBLEMS.values())}"
-        )
+    problem = hf.get("problem_type") or "single_label_classification"
+    if problem not in _HEADS:
+        raise ExportError(f"{folder}: config.json problem_type={problem!r} is none of {', '.join(_HEADS)}")
     heads = number("num_attention_heads", 12)
     if hf.get("hidden_size") == 384 and heads == 16:
         heads = 6  # the recipe of the published small model says 16, its weights were trained with 6
@@ -73,7 +70,7 @@ def fields(hf: dict[str, Any], folder: str | os.PathLike) -> tuple[dict[str, Any
         "norm_epsilon": number("layer_norm_eps", 1e-12, float),
         "final_norm_epsilon": 1e-5,  # theirs, whatever layer_norm_eps says
         "classes": tuple(str(labels[key]) for key in sorted(labels, key=int)) or None,
-        "head": kinds[0],
+        "head": _HEADS[problem],
         **_statistics(pathlib.Path(folder, PREPROCESSOR)),
     }
     return told, heads, number("decoder_num_attention_heads", 6)
@@ -83,16 +80,16 @@ def _statistics(file: pathlib.Path) -> dict[str, tuple[float, ...]]:
     """How pixels are normalised, where a folder tells it."""
     if not file.is_file():
         return {}
+    names = {"pixel_mean": "image_mean", "pixel_std": "image_std"}
     try:
         found = json.loads(file.read_text())
-        if not found.get("do_normalize", True):
-            raise ExportError(f"{file}: do_normalize is false, and a VideoMAE takes normalised pixels")
-        names = {"pixel_mean": "image_mean", "pixel_std": "image_std"}
-        return {ours: tuple(map(float, found[name])) for ours, name in names.items() if name in found}
+        is_normalized = found.get("do_normalize", True)
+        told = {ours: tuple(map(float, found[name])) for ours, name in names.items() if name in found}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, ExportError):
-            raise
         raise ExportError(f"{file} is damaged ({type(error).__name__}): download it again") from None
+    if not is_normalized:
+        raise ExportError(f"{file}: do_normalize is false, and a VideoMAE takes normalised pixels")
+    return told
 
 
 def preprocessor_of(config: VideoMAEConfig | ClassifierConfig) -> dict[str, Any]:
@@ -138,7 +135,7 @@ def config_of(config: VideoMAEConfig | ClassifierConfig) -> dict[str, Any]:
         "use_mean_pooling": config.pooling == "mean" if is_classifier else not config.encoder_norm,
     }
     if isinstance(config, ClassifierConfig):
-        found["problem_type"] = _PROBLEMS[config.head]
+        found["problem_type"] = next(name for name, head in _HEADS.items() if head == config.head)
         found["id2label"] = {str(i): name for i, name in enumerate(config.classes)}
         found["label2id"] = {name: i for i, name in enumerate(config.classes)}
     elif config.decoder is not None:
