@@ -27,7 +27,7 @@ Model = VideoMAE | VideoClassifier | ActionDetector
 ModelConfig = VideoMAEConfig | ClassifierConfig | DetectorConfig
 
 FORMAT = 1
-_KINDS: dict[str, tuple[type[Model], type[ModelConfig]]] = {
+KINDS: dict[str, tuple[type[Model], type[ModelConfig]]] = {
     "VideoMAE": (VideoMAE, VideoMAEConfig),
     "VideoClassifier": (VideoClassifier, ClassifierConfig),
     "ActionDetector": (ActionDetector, DetectorConfig),
@@ -137,10 +137,10 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
         raise ExportError(f"{folder / 'meta'} is damaged ({type(error).__name__}): save it again") from None
     if not isinstance(meta, dict):
         raise ExportError(f"{folder / 'meta'} is damaged (no object): save it again")
-    if meta.get("format") != FORMAT or meta.get("kind") not in _KINDS:
+    if meta.get("format") != FORMAT or meta.get("kind") not in KINDS:
         raise ExportError(
             f"{folder} has format {meta.get('format')} and kind {meta.get('kind')}; this version reads "
-            f"format {FORMAT}, kind {' or '.join(_KINDS)}: install the version that wrote it"
+            f"format {FORMAT}, kind {' or '.join(KINDS)}: install the version that wrote it"
         )
     return meta
 
@@ -149,7 +149,7 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
     """The config of the model in an export, checkpoint or work folder. Raises as `read_metadata`."""
     meta = read_metadata(path)
     try:
-        return _KINDS[meta["kind"]][1].from_dict(meta["model"])
+        return KINDS[meta["kind"]][1].from_dict(meta["model"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ExportError(f"{find(path) / 'meta'} is damaged ({error}): save it again") from None
 
@@ -163,7 +163,7 @@ def load(path: str | os.PathLike) -> Model:
         ExportError: see `read_metadata`.
     """
     config = read_config(path)
-    kind: Any = _KINDS[read_metadata(path)["kind"]][0]
+    kind: Any = KINDS[read_metadata(path)["kind"]][0]
     # What is fast where it was trained may be slow here, or lacking.
     backend, compute = jax.default_backend(), config.compute
     if backend == "cpu":

@@ -23,19 +23,15 @@ from videomae_jax.interop.torch_file import TorchFileError
 from videomae_jax.interop.torch_weights import PublishedConfig, WeightsError
 from videomae_jax.models import functional
 from videomae_jax.models.detector import ActionDetector, DetectorConfig
-from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
-from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
+from videomae_jax.models.heads import ClassifierConfig
+from videomae_jax.models.mae import VideoMAEConfig
 from videomae_jax.storage import Place
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of every published VideoMAE
 _STRIDE = "frame_stride"  # in a config.json; Hugging Face's own have none
 _CONTAINERS = ("model", "module", "state_dict")
 _SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
-_KINDS: dict[type[ModelConfig], Any] = {
-    VideoMAEConfig: VideoMAE,
-    ClassifierConfig: VideoClassifier,
-    DetectorConfig: ActionDetector,
-}
+_MODELS: dict[type[ModelConfig], Any] = {config: model for model, config in export.KINDS.values()}
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -101,7 +97,7 @@ def read(path: str | os.PathLike, hints: Hints, position_resize: str | None = No
         config = dataclasses.replace(config, position_resize=position_resize or config.position_resize)
     except ValueError as error:
         raise ExportError(str(error)) from None
-    graphdef, abstract = functional.abstract(_KINDS[type(config)], config)
+    graphdef, abstract = functional.abstract(_MODELS[type(config)], config)
     leaves: dict[str, Any] = flatten_dict(abstract, sep="/")
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
     try:

@@ -23,10 +23,10 @@ def fields(config: Config) -> dict[str, Any]:
     return model | {"clip_size": (config.data.frames, *config.data.size), "compute": compute}
 
 
-def hints(config: Config) -> weights.Hints:
-    """What the settings tell of weights whose files do not."""
-    encoder = config.model.encoder
-    return weights.Hints(heads_by_width={encoder.width: encoder.num_heads}, needs_decoder=False)
+def hints(config: Config, given: weights.Hints | None = None) -> weights.Hints:
+    """What the settings tell of weights whose files do not, beside what is `given`."""
+    heads = {config.model.encoder.width: config.model.encoder.num_heads}
+    return dataclasses.replace(given or weights.Hints(), heads_by_width=heads, needs_decoder=False)
 
 
 def kept(config: Config, path: str) -> dict[str, Any]:

@@ -208,9 +208,7 @@ def evaluate(
     config = compute.on_this_machine(settings.checked(config))
     is_best = not checkpoint and (workdir / "best").is_dir()
     path = checkpoint or str(workdir / "best" if is_best else workdir)
-    hints = dataclasses.replace(
-        hints or weights.Hints(), heads_by_width=backbone.hints(config).heads_by_width
-    )
+    hints = backbone.hints(config, hints)
     made = weights.read_config(path, hints)
     if not isinstance(made, DetectorConfig):
         raise UserError(f"{path} holds no detector: train one with configs/detect.py")

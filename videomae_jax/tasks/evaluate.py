@@ -38,9 +38,7 @@ def run(
         raise UserError(f"evaluate tests classifiers and detectors, not task={config.task}: use their config")
     is_best = not checkpoint and (workdir / "best").is_dir()
     path = checkpoint or str(workdir / "best" if is_best else workdir)
-    hints = dataclasses.replace(
-        hints or weights.Hints(), heads_by_width=backbone.hints(config).heads_by_width
-    )
+    hints = backbone.hints(config, hints)
     made = weights.read_config(path, hints)
     if not isinstance(made, ClassifierConfig):
         raise UserError(
