@@ -28,7 +28,6 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "av"
 _SPACE_GIB = 10  # a few ViT-B checkpoints
 _MEMORY_GIB = 4
 _SAMPLE = 8  # videos to decode
-_KERNELS = {"cpu": ("xla", "blocks"), "gpu": ("xla", "queries", "cudnn"), "tpu": ("xla", "splash")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +128,8 @@ def _attention() -> Iterator[tuple[str, str]]:
     backend = jax.default_backend()
     clips, dtype = (1, "float32") if backend == "cpu" else (64, "bfloat16")
     heads = jnp.ones((clips, 3, 1568, 64), dtype)
-    for kind in _KERNELS[backend]:
+    own, plain = attention.best(backend, dtype), attention.best(backend, dtype, kernels=False)
+    for kind in dict.fromkeys(("xla", plain, own)):
         total = lambda x, kind=kind: attention.attend(x, x, x, kind).astype(jnp.float32).sum()  # noqa: E731
         try:
             seconds = _seconds(jax.jit(jax.grad(total)), heads)

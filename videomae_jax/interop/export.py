@@ -17,7 +17,7 @@ from absl import logging
 from flax import nnx
 
 from videomae_jax import storage
-from videomae_jax.models import functional
+from videomae_jax.models import attention, functional
 from videomae_jax.models.detector import ActionDetector, DetectorConfig
 from videomae_jax.models.heads import ClassifierConfig, VideoClassifier
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
@@ -32,9 +32,6 @@ KINDS: dict[str, tuple[type[Model], type[ModelConfig]]] = {
     "VideoClassifier": (VideoClassifier, ClassifierConfig),
     "ActionDetector": (ActionDetector, DetectorConfig),
 }
-
-
-_BACKENDS = {"cudnn": "gpu", "splash": "tpu", "blocks": "cpu"}  # of kinds of attention that are for one
 
 
 def _write_small_arrays_whole() -> None:
@@ -168,8 +165,8 @@ def load(path: str | os.PathLike) -> Model:
     backend, compute = jax.default_backend(), config.compute
     if backend == "cpu":
         compute = dataclasses.replace(compute, dtype="float32")
-    if _BACKENDS.get(compute.attention, backend) != backend:
-        instead = {"cpu": "blocks", "gpu": "queries"}.get(backend, "xla")
+    if (attention.PLATFORM_OF | {"blocks": "cpu"}).get(compute.attention, backend) != backend:
+        instead = attention.best(backend, compute.dtype, kernels=False)
         compute = dataclasses.replace(compute, attention=instead)
     config = dataclasses.replace(config, compute=compute)
     graphdef, abstract = functional.abstract(kind, config)

@@ -10,6 +10,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Float
 
 KINDS = ("xla", "blocks", "queries", "cudnn", "splash")
+PLATFORM_OF = {"cudnn": "gpu", "splash": "tpu"}
+"""Of the kinds that only one platform has."""
 _BLOCK = 512  # queries at a time; fewer gain nothing, and so few tokens need no parts
 _LANES = 128
 _TPU_BLOCK = 1024  # tokens; larger ones exceed the 16 MiB of VMEM, found by compiling
@@ -39,6 +41,24 @@ def attend(
     if kind == "queries" and q.shape[2] > _BLOCK:
         return _attend_by_queries(q, k, v)
     return _attend_at_once(q, k, v)
+
+
+def best(platform: str, dtype: str, kernels: bool = True) -> str:
+    """The kind that suits a platform ("cpu", "gpu", "tpu" or another).
+
+    Args:
+        kernels: whether it may be one of those that only one platform has.
+
+    >>> [best(platform, "bfloat16") for platform in ("cpu", "gpu", "tpu")]
+    ['blocks', 'cudnn', 'splash']
+    >>> best("gpu", "float32"), best("tpu", "bfloat16", kernels=False)
+    ('queries', 'queries')
+    """
+    if kernels and platform == "tpu":
+        return "splash"
+    if kernels and platform == "gpu" and dtype == "bfloat16":  # the fused kernel has no float32
+        return "cudnn"
+    return {"cpu": "blocks", "gpu": "queries", "tpu": "queries"}.get(platform, "xla")
 
 
 @jax.checkpoint

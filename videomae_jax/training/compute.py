@@ -19,19 +19,6 @@ _NEAR = 1.5  # how much larger than a clip frames may be whose crops the device 
 Check = Callable[[str, str, tuple[int, ...]], str]
 """(kernel, dtype, widths of heads) -> why it does not work, or ""."""
 
-_ATTENTION = {
-    ("cpu", "float32"): "blocks",
-    ("cpu", "bfloat16"): "blocks",
-    ("tpu", "float32"): "splash",
-    ("tpu", "bfloat16"): "splash",
-    ("gpu", "float32"): "queries",  # the fused kernel has no float32
-    ("gpu", "bfloat16"): "cudnn",
-}
-"""(platform, dtype) -> what `model.attention=auto` means; how short sequences are computed the kinds know."""
-_INSTEAD = "queries"
-"""What takes the place of a kernel that does not work."""
-_KERNEL_OF = {"cudnn": "gpu", "splash": "tpu"}
-
 
 def on_this_machine(config: Config) -> Config:
     """The settings with what "auto" means here, so that a run's own say how it was computed.
@@ -59,19 +46,17 @@ def settled(config: Config, platform: str, check: Check | None) -> Config:
         model.dtype = "float32" if platform == "cpu" else "bfloat16"
     widths = {stack.width // stack.num_heads for stack in (model.encoder, model.decoder)}
     wanted = model.attention
-    kind = _ATTENTION.get((platform, model.dtype), "xla") if wanted == "auto" else wanted
-    if kind not in _KERNEL_OF:
-        model.attention = kind
-        return config
-    trouble = f"it is for a {_KERNEL_OF[kind].upper()}" if _KERNEL_OF[kind] != platform else ""
-    if not trouble and check:
+    kind = attention.best(platform, model.dtype) if wanted == "auto" else wanted
+    needed = attention.PLATFORM_OF.get(kind, platform)
+    trouble = f"it is for a {needed.upper()}" if needed != platform else ""
+    if kind in attention.PLATFORM_OF and not trouble and check:
         trouble = check(kind, model.dtype, tuple(sorted(widths)))
     if trouble and wanted != "auto":
         raise UserError(
             f"model.attention={wanted} does not work here with {model.dtype} ({trouble}): set it to auto"
         )
     if trouble:
-        kind = _INSTEAD
+        kind = attention.best(platform, model.dtype, kernels=False)
         report.say(f"model.attention=auto: the fused kernel does not work here, using {kind} ({trouble})")
     model.attention = kind
     return config
