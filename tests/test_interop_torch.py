@@ -144,6 +144,10 @@ def test_heads_are_inferred_for_published_widths_only(golden):
         vm.load(golden / "finetune_weights.safetensors")
     with pytest.raises(torch_weights.WeightsError, match=r"pass decoder_num_heads=\.\.\."):
         vm.load(golden / "pretrain_weights.safetensors", num_heads=3)
+    with pytest.raises(
+        torch_weights.WeightsError, match=r"48 and 32 wide .* pass num_heads=\.\.\., decoder_num_heads="
+    ):
+        vm.load(golden / "pretrain_weights.safetensors")
 
 
 @pytest.mark.parametrize(

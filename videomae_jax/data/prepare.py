@@ -296,15 +296,7 @@ def finish(job: Job, max_failed: float = 1.0) -> dict[str, Any]:
     if not count:
         _clear(job)
         raise PrepareError(f"none of {len(failed)} videos can be decoded, the first: {failed[0]['reason']}")
-    share = len(failed) / (count + len(failed))
-    if share > max_failed:
-        again = sum(not failure["is_final"] for failure in failed)
-        _forget(job, failed)
-        retried = f"the same command tries the {again} again that could not be read; " if again else ""
-        raise PrepareError(
-            f"{len(failed)} of {count + len(failed)} videos failed, the first: {failed[0]['reason']}; "
-            f"{retried}--max_failed={_round_up(share)} finishes without them (now {max_failed})"
-        )
+    _check_failed(job, failed, count + len(failed), max_failed)
     for shard in job.shards():
         prepared.check_shard(job.path(shard), splits[shard.split].lengths[shard.number])
     sizes = {split: (part.lengths, part.bytes) for split, part in splits.items()}
@@ -318,10 +310,32 @@ def finish(job: Job, max_failed: float = 1.0) -> dict[str, Any]:
         index.write(folder, split, index.make(_rows(job, split)))
     for name, text in scenes.lists(job.collection).items():
         _write(folder / name, text)
+    manifest = _manifest(job, splits, failed)
+    manifest["hash"] = prepared.records_hash(_rows(job), manifest)
+    _write(folder / prepared.MANIFEST, json.dumps(manifest, indent=1))
+    _tidy(job)
+    return manifest
+
+
+def _check_failed(job: Job, failed: list[dict[str, Any]], videos: int, max_failed: float) -> None:
+    """Refuses too many failures; those that may not be final are forgotten, so the next run tries them."""
+    share = len(failed) / videos
+    if share > max_failed:
+        again = sum(not failure["is_final"] for failure in failed)
+        _forget(job, failed)
+        retried = f"the same command tries the {again} again that could not be read; " if again else ""
+        raise PrepareError(
+            f"{len(failed)} of {videos} videos failed, the first: {failed[0]['reason']}; "
+            f"{retried}--max_failed={_round_up(share)} finishes without them (now {max_failed})"
+        )
+
+
+def _manifest(job: Job, splits: dict[str, _Sums], failed: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a folder holds and how it was made, but for its hash."""
     absent = [{"split": split, "id": video} for split, ids in job.collection.absent.items() for video in ids]
-    manifest = {
+    return {
         **job.settings(),
-        "records": count,
+        "records": sum(part.records for part in splits.values()),
         "frames": sum(part.frames for part in splits.values()),
         "bytes": sum(part.bytes for part in splits.values()),
         "largest_short_side": max(part.short_side for part in splits.values()),
@@ -334,10 +348,6 @@ def finish(job: Job, max_failed: float = 1.0) -> dict[str, Any]:
         "failed": failed,
         "absent": absent,
     }
-    manifest["hash"] = prepared.records_hash(_rows(job), manifest)
-    _write(folder / prepared.MANIFEST, json.dumps(manifest, indent=1))
-    _tidy(job)
-    return manifest
 
 
 def _round_up(share: float) -> float:

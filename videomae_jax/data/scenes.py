@@ -19,6 +19,7 @@ import functools
 import hashlib
 import io
 import os
+from collections.abc import Container
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -182,13 +183,7 @@ def open_scenes(path: str, part: str) -> SceneSource:
     numbers = tuple(sorted(actions))
     place = {number: i for i, number in enumerate(numbers)}
     file = str(folder / f"{part}.csv")
-    rows = [row for row in boxes.read_rows(file) if row.corners]
-    for row in rows:
-        check_box(file, row)
-        if row.action not in place:
-            raise SourceError(f"{file} line {row.line}: action {row.action} is not in {listed.name}")
-    if not rows:
-        raise SourceError(f"{file} has no box in it")
+    rows = _checked_rows(file, place, listed.name)
     stored = prepared.open_prepared(path, part) if prepared.is_prepared(path) else None
     videos = {} if stored is not None else _find_videos(folder, file, rows)
     # A box of several actions stands there once for each.
@@ -226,6 +221,18 @@ def open_scenes(path: str, part: str) -> SceneSource:
         missing=missing,
         notes=(f"{file}: {missing} key frames are not among the prepared ones: left out",) if missing else (),
     )
+
+
+def _checked_rows(file: str, actions: Container[int], listed: str) -> list[Row]:
+    """The rows of a file that have a box."""
+    rows = [row for row in boxes.read_rows(file) if row.corners]
+    for row in rows:
+        check_box(file, row)
+        if row.action not in actions:
+            raise SourceError(f"{file} line {row.line}: action {row.action} is not in {listed}")
+    if not rows:
+        raise SourceError(f"{file} has no box in it")
+    return rows
 
 
 def _times(frames: list[tuple[str, int]], path: str, stored: prepared.PreparedSource | None) -> list[float]:

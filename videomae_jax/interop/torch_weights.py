@@ -153,7 +153,7 @@ def table(config: PublishedConfig, layout: str) -> Iterator[Entry]:
         yield from _pair(f"{prefix}{'layernorm' if is_hf else 'norm'}", "encoder/norm", "scale")
     if config.decoder is None:
         return
-    yield Entry("encoder_to_decoder.weight", "decoder/project", transform="transpose")
+    yield Entry(_TO_DECODER, "decoder/project", transform="transpose")
     yield Entry("mask_token", "decoder/mask_token", transform="token")
     decoder_blocks = "decoder.decoder_layers" if is_hf else "decoder.blocks"
     yield from _blocks(decoder_blocks, "decoder/blocks", config.decoder.depth, config, is_hf)
@@ -237,6 +237,7 @@ def to_theirs(
 
 _HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # of the published encoders, by width
 _DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}
+_TO_DECODER = "encoder_to_decoder.weight"  # in both layouts
 
 
 def clean(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -263,7 +264,7 @@ def clean(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if short in found:
             raise WeightsError(f"the tensor {short} is there twice")
         found[short] = tensor
-    is_pretraining = "encoder_to_decoder.weight" in found
+    is_pretraining = _TO_DECODER in found
     if not is_pretraining and not any(name.startswith("videomae.") for name in found):
         # Official classifiers and encoders, also as parts of another model; a bare Hugging Face encoder.
         if "embeddings.patch_embeddings.projection.weight" in found:
@@ -278,8 +279,7 @@ def _bias_name(match: re.Match) -> str:
 
 def infer(
     tensors: Mapping[str, np.ndarray],
-    num_heads: int | None,
-    decoder_num_heads: int | None,
+    heads: Mapping[str, int | None],
     fields: Mapping[str, Any],
     heads_by_width: Mapping[int, int],
     needs_decoder: bool,
@@ -287,7 +287,7 @@ def infer(
     """(config, layout, tensors under the table's names) of cleaned tensors.
 
     Args:
-        num_heads, decoder_num_heads: None where they follow from a published width.
+        heads: "num_heads" and "decoder_num_heads", None where they follow from a published width.
         fields: of the config, what tensors do not tell: clip_size, classes, epsilons, pixel statistics.
         heads_by_width: of stacks that are so wide, where they neither follow nor are given.
         needs_decoder: else one whose heads are not known has one.
@@ -295,58 +295,54 @@ def infer(
     Raises:
         WeightsError: not a VideoMAE, or head counts that must be given.
     """
-    layout = "hf" if any(name.startswith("videomae.") for name in tensors) else "official"
-    names = set(tensors)
-    prefix = "videomae." if layout == "hf" else "encoder." if "encoder_to_decoder.weight" in names else ""
-    embed = (
-        f"{prefix}{'embeddings.patch_embeddings.projection' if layout == 'hf' else 'patch_embed.proj'}.weight"
-    )
-    if embed not in names or tensors[embed].ndim != 5:
+    is_hf = any(name.startswith("videomae.") for name in tensors)
+    layout, has_decoder = "hf" if is_hf else "official", _TO_DECODER in tensors
+    prefix = "videomae." if is_hf else "encoder." if has_decoder else ""
+    embed = f"{prefix}{'embeddings.patch_embeddings.projection' if is_hf else 'patch_embed.proj'}.weight"
+    if embed not in tensors or tensors[embed].ndim != 5:
         raise WeightsError(
             f"there is no tubelet embedding {embed} with 5 axes: this is no VideoMAE that is known"
         )
     width, channels, *tubelet = tensors[embed].shape
-    encoder = _stack(
-        tensors, "videomae.encoder.layer" if layout == "hf" else f"{prefix}blocks", layout, width
-    )
+    if len(fields["pixel_mean"]) != channels:
+        raise WeightsError(f"the tubelet embedding has {channels} channels, not {len(fields['pixel_mean'])}")
+    stacks = {"num_heads": ("videomae.encoder.layer" if is_hf else f"{prefix}blocks", width)}
+    if has_decoder:
+        blocks = "decoder.decoder_layers" if is_hf else "decoder.blocks"
+        stacks["decoder_num_heads"] = (blocks, len(tensors[_TO_DECODER]))
+    counts = _heads({name: wide for name, (_, wide) in stacks.items()}, heads, heads_by_width, needs_decoder)
+    encoder, *decoder = (_stack(tensors, *stacks[name], layout, counts[name]) for name in stacks)
     shared = {
         "tubelet": tuple(tubelet),
-        "encoder": vit.Stack(
-            num_heads=_heads("num_heads", num_heads, width, {**heads_by_width, **_HEADS}), **encoder
-        ),
-        "layer_scale": float(f"{prefix}blocks.0.gamma_1" in names),
+        "encoder": encoder,
+        "layer_scale": float(f"{prefix}blocks.0.gamma_1" in tensors),
         **fields,
     }
-    if len(shared["pixel_mean"]) != channels:
-        raise WeightsError(f"the tubelet embedding has {channels} channels, not {len(shared['pixel_mean'])}")
-    norm = f"{prefix}{'layernorm' if layout == 'hf' else 'norm'}.weight"
-    head = "classifier.weight" if layout == "hf" else "head.weight"
-    if head in names:
-        pooling = "mean" if "fc_norm.weight" in names else "first"
-        if (layout, pooling, len(tensors[head])) == ("official", "first", 80):
-            return _published_detector(shared), layout, dict(tensors)
-        if pooling == "first":
-            shared["final_norm_epsilon"] = None  # its norm is the encoder's own
-        classes = shared.pop("classes") or tuple(map(str, range(len(tensors[head]))))
-        if len(classes) != len(tensors[head]):
-            raise WeightsError(f"{head} has {len(tensors[head])} classes, their names are {len(classes)}")
-        return ClassifierConfig(**shared, classes=tuple(classes), pooling=pooling), layout, dict(tensors)
-    shared.pop("classes")
-    shared.pop("head", None)
-    decoder, renamed = None, dict(tensors)
-    if "encoder_to_decoder.weight" in names:
-        decoder_width = tensors["encoder_to_decoder.weight"].shape[0]
-        stack = "decoder.decoder_layers" if layout == "hf" else "decoder.blocks"
-        sizes = _stack(tensors, stack, layout, decoder_width)
-        known = {**heads_by_width, **_DECODER_HEADS}
-        if not needs_decoder:
-            known.setdefault(decoder_width, 1)
-        count = _heads("decoder_num_heads", decoder_num_heads, decoder_width, known)
-        decoder = vit.Stack(num_heads=count, **sizes)
-    elif layout == "official":  # an encoder alone has no prefix
-        renamed = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
-    config = VideoMAEConfig(**shared, decoder=decoder, encoder_norm=norm in names)
-    return config, layout, renamed
+    if f"{'classifier' if is_hf else 'head'}.weight" in tensors:
+        return _with_head(tensors, layout, shared), layout, dict(tensors)
+    shared = {name: value for name, value in shared.items() if name not in ("classes", "head")}
+    has_norm = f"{prefix}{'layernorm' if is_hf else 'norm'}.weight" in tensors
+    config = VideoMAEConfig(**shared, decoder=decoder[0] if decoder else None, encoder_norm=has_norm)
+    if is_hf or has_decoder:
+        return config, layout, dict(tensors)
+    # An encoder alone has no prefix.
+    return config, layout, {f"encoder.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _with_head(
+    tensors: Mapping[str, np.ndarray], layout: str, shared: dict[str, Any]
+) -> ClassifierConfig | DetectorConfig:
+    """The config of what knows classes."""
+    head = f"{'classifier' if layout == 'hf' else 'head'}.weight"
+    pooling, count = "mean" if "fc_norm.weight" in tensors else "first", len(tensors[head])
+    if (layout, pooling, count) == ("official", "first", 80):
+        return _published_detector(shared)
+    if pooling == "first":
+        shared["final_norm_epsilon"] = None  # its norm is the encoder's own
+    classes = shared.pop("classes") or tuple(map(str, range(count)))
+    if len(classes) != count:
+        raise WeightsError(f"{head} has {count} classes, their names are {len(classes)}")
+    return ClassifierConfig(**shared, classes=tuple(classes), pooling=pooling)
 
 
 def _published_detector(shared: dict[str, Any]) -> DetectorConfig:
@@ -359,20 +355,37 @@ def _published_detector(shared: dict[str, Any]) -> DetectorConfig:
     return DetectorConfig(**shared, classes=tuple(classes), position_resize="interpolate")
 
 
-def _stack(tensors: Mapping[str, np.ndarray], prefix: str, layout: str, width: int) -> dict[str, int]:
-    """Width, depth and mlp_dim of the blocks named PREFIX.0 and so on."""
+def _stack(
+    tensors: Mapping[str, np.ndarray], prefix: str, width: int, layout: str, num_heads: int
+) -> vit.Stack:
+    """The blocks named PREFIX.0 and so on."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     layers = {int(match[1]) for name in tensors if (match := pattern.match(name))}
     wide = f"{prefix}.0.{'intermediate.dense' if layout == 'hf' else 'mlp.fc1'}.weight"
     if layers != set(range(len(layers))) or wide not in tensors:
         raise WeightsError(f"the blocks {prefix}.0, .1, ... are not there one after the other")
-    return {"width": width, "depth": len(layers), "mlp_dim": tensors[wide].shape[0]}
+    return vit.Stack(width=width, depth=len(layers), num_heads=num_heads, mlp_dim=tensors[wide].shape[0])
 
 
-def _heads(name: str, given: int | None, width: int, published: Mapping[int, int]) -> int:
-    if given is None and width not in published:
+def _heads(
+    widths: Mapping[str, int],
+    given: Mapping[str, int | None],
+    by_width: Mapping[int, int],
+    needs_decoder: bool,
+) -> dict[str, int]:
+    """The heads of each stack: given, as published, or as other stacks of its width."""
+    published = {"num_heads": _HEADS, "decoder_num_heads": _DECODER_HEADS}
+    found = {
+        name: {**by_width, **published[name]}.get(width) if given[name] is None else given[name]
+        for name, width in widths.items()
+    }
+    if not needs_decoder and found.get("decoder_num_heads", 1) is None:
+        found["decoder_num_heads"] = 1
+    unknown = [name for name, count in found.items() if count is None]
+    if unknown:
         raise WeightsError(
-            f"the file does not tell the heads of its {width} wide blocks: pass {name}=... (--{name}; in "
-            f"training the size= that it was trained with)"
+            f"the file does not tell the heads of its {' and '.join(str(widths[x]) for x in unknown)} wide "
+            f"blocks: pass {', '.join(f'{x}=...' for x in unknown)} ({' '.join(f'--{x}' for x in unknown)}; "
+            f"in training the size= that it was trained with)"
         )
-    return published[width] if given is None else given
+    return {name: count for name, count in found.items() if count is not None}

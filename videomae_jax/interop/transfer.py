@@ -60,16 +60,7 @@ def read(path: str | os.PathLike, config: ModelConfig, names: list[str]) -> Tran
     heads = {stack.width: stack.num_heads for stack in stacks}
     model = weights.read(path, weights.Hints(heads_by_width=heads, needs_decoder=False))
     theirs = model.config
-    differences = [
-        f"{name}: {_plain(getattr(theirs, name))} there, {_plain(getattr(config, name))} here"
-        for name in (_SAME[:2] if isinstance(config, DetectorConfig) else _SAME)
-        if getattr(theirs, name) != getattr(config, name)
-    ]
-    if differences:
-        raise TransferError(
-            f"{path} does not fit the model ({'; '.join(differences)}): choose the size= that it was trained "
-            f"with, or other weights"
-        )
+    _check_same(path, theirs, config)
     tree: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     found = {"/".join(key): np.asarray(value) for key, value in flatten_dict(tree).items()}
     there, here = _norm(theirs), _norm(config)
@@ -84,19 +75,10 @@ def read(path: str | os.PathLike, config: ModelConfig, names: list[str]) -> Tran
         and (theirs.decoder, theirs.target_width) == (config.decoder, config.target_width)
         and _below(found, "decoder/") == _below(names, "decoder/")  # layer scale in both or in neither
     )
-    has_head = False
-    if (
-        isinstance(config, ClassifierConfig | DetectorConfig)
-        and isinstance(theirs, type(config))
-        and getattr(theirs, "head", "") == getattr(config, "head", "")
-        and set(config.classes) <= set(theirs.classes)
-        # Numbers of another count of classes are other classes.
-        and (len(config.classes) == len(theirs.classes) or not _are_numbers(config.classes))
-    ):
-        has_head = True
-        rows = [theirs.classes.index(name) for name in config.classes]
+    rows = _rows_of_classes(theirs, config)
+    if rows:
         found |= {f"head/{name}": found[f"head/{name}"][..., rows] for name in ("kernel", "bias")}
-    taken = {here: has_norm, "encoder": True, "decoder": has_decoder, "head": has_head}
+    taken = {here: has_norm, "encoder": True, "decoder": has_decoder, "head": bool(rows)}
     wanted = [
         name
         for name in names
@@ -117,6 +99,31 @@ def read(path: str | os.PathLike, config: ModelConfig, names: list[str]) -> Tran
         fresh=sorted(set(names) - set(wanted)),
         unused=sorted(set(found) - set(wanted)),
     )
+
+
+def _check_same(path: str | os.PathLike, theirs: ModelConfig, ours: ModelConfig) -> None:
+    """Refuses a backbone of another size, or one that sees other pixels."""
+    differences = [
+        f"{name}: {_plain(getattr(theirs, name))} there, {_plain(getattr(ours, name))} here"
+        for name in (_SAME[:2] if isinstance(ours, DetectorConfig) else _SAME)
+        if getattr(theirs, name) != getattr(ours, name)
+    ]
+    if differences:
+        raise TransferError(
+            f"{path} does not fit the model ({'; '.join(differences)}): choose the size= that it was trained "
+            f"with, or other weights"
+        )
+
+
+def _rows_of_classes(theirs: ModelConfig, ours: ModelConfig) -> list[int]:
+    """Which outputs of their head are our classes; none where it is of another kind or lacks some."""
+    if not isinstance(ours, ClassifierConfig | DetectorConfig) or not isinstance(theirs, type(ours)):
+        return []
+    if getattr(theirs, "head", "") != getattr(ours, "head", "") or set(ours.classes) - set(theirs.classes):
+        return []
+    if len(ours.classes) != len(theirs.classes) and _are_numbers(ours.classes):
+        return []  # numbers of another count of classes are other classes
+    return [theirs.classes.index(name) for name in ours.classes]
 
 
 def _norm(config: ModelConfig) -> str:

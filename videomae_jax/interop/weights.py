@@ -324,7 +324,7 @@ def _open(path: pathlib.Path, hints: Hints) -> tuple[PublishedConfig, str, dict[
         "pixel_std": _STD,
         "classes": hints.classes,
     }
-    heads = (hints.num_heads, hints.decoder_num_heads)
+    heads = {"num_heads": hints.num_heads, "decoder_num_heads": hints.decoder_num_heads}
     others = hints.heads_by_width, hints.needs_decoder
     if path.is_file():
         tensors = _read_file(path)
@@ -333,10 +333,10 @@ def _open(path: pathlib.Path, hints: Hints) -> tuple[PublishedConfig, str, dict[
         tensors = _read_folder(path)
         given = {name: value for name, value in fields.items() if getattr(hints, name, None) is not None}
         fields |= told | given
-        heads = tuple(hint or own for hint, own in zip(heads, of_folder, strict=True))
+        heads = {name: heads[name] or own for name, own in zip(heads, of_folder, strict=True)}
     try:
         cleaned = torch_weights.clean(tensors)
-        return torch_weights.infer(cleaned, heads[0], heads[1], fields, *others)
+        return torch_weights.infer(cleaned, heads, fields, *others)
     except ValueError as error:  # also what the config of a model refuses
         raise WeightsError(f"{path}: {error}") from None
 

@@ -10,6 +10,7 @@ from videomae_jax.study.runner import Run
 from videomae_jax.study.runs import Runs, Scale
 
 _VIDEOS = 2048  # for training, in configs/study.py
+_LABELS = (10, 100, 25, 5, 0, 2, 1)  # in the order in which one wants to know
 _SSV2 = "ViT-B, Something-Something V2"
 
 SCALES = {
@@ -24,9 +25,19 @@ SCALES = {
         questions=("labels", "budget", "mask"),
         edits=(("data.generate.videos", 64), ("log.steps", 1)),
     ),
-    # The amounts of labels in the order in which one wants to know.
-    "laptop": Scale(3, 15_000, 6000, 1200, 400, labels=(10, 100, 25, 5, 0, 2, 1), few=10, more=15_000),
-    "gpu": Scale(5, 100_000, 20_000, 10_000, 800, labels=(10, 100, 25, 5, 0, 2, 1), few=10),
+    "laptop": Scale(
+        seeds=3,
+        steps=15_000,
+        short=6000,
+        contrast=1200,
+        finetuning=400,
+        labels=_LABELS,
+        few=10,
+        more=15_000,
+    ),
+    "gpu": Scale(
+        seeds=5, steps=100_000, short=20_000, contrast=10_000, finetuning=800, labels=_LABELS, few=10
+    ),
 }
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
@@ -12,7 +13,8 @@ from videomae_jax.config import Config, UserError
 from videomae_jax.interop import export, transfer, weights
 from videomae_jax.models import functional, tubelets, vit
 from videomae_jax.models.mae import VideoMAEConfig
-from videomae_jax.training import report
+from videomae_jax.storage import Place
+from videomae_jax.training import optim, report
 
 
 def fields(config: Config) -> dict[str, Any]:
@@ -21,6 +23,17 @@ def fields(config: Config) -> dict[str, Any]:
     del model["decoder"]
     compute = {name: model.pop(name) for name in ("dtype", "unroll", "remat", "attention")}
     return model | {"clip_size": (config.data.frames, *config.data.size), "compute": compute}
+
+
+def stride(config: Config) -> int:
+    """The stride of clips whose motion is learnt from.
+
+    Raises:
+        UserError: it is 0.
+    """
+    if config.data.stride < 1:
+        raise UserError("data.stride=0 (one frame of each part) is for finetuning: use at least 1")
+    return config.data.stride
 
 
 def hints(config: Config, given: weights.Hints | None = None) -> weights.Hints:
@@ -105,6 +118,32 @@ def start(config: Config, model: export.ModelConfig, names: list[str]) -> dict[s
     report.say(f"starting from {config.init_from}: {taken}")
     found: dict[str, Any] = flatten_dict(taken.params, sep="/")
     return {f"params/{name}": value for name, value in found.items()}
+
+
+def layers(config: Config, model: vit.BackboneConfig) -> optim.Layers:
+    """How the learning rates of an adapted model's layers differ.
+
+    Raises:
+        UserError: more blocks would be frozen than there are.
+    """
+    frozen = config.optim.freeze_blocks
+    if frozen > model.encoder.depth:
+        raise UserError(f"optim.freeze_blocks={frozen} of {model.encoder.depth} blocks: lower it")
+    return optim.Layers(config.optim.layer_decay, frozen)
+
+
+def best_weights(workdir: Place) -> dict[str, Any]:
+    """The parameters in WORKDIR/best, a nested dict of NumPy arrays.
+
+    Raises:
+        UserError: the run has none.
+    """
+    if not (workdir / "best").exists():
+        raise UserError(
+            f"no weights of this run can be tested: its validation was never finite, so there is no "
+            f"{workdir / 'best'}: lower optim.lr or set optim.clip_norm, in another --workdir"
+        )
+    return jax.device_get(nnx.to_pure_dict(nnx.state(export.load(workdir / "best"), nnx.Param)))
 
 
 def adapted_flops(model: vit.BackboneConfig, frozen: int) -> float:

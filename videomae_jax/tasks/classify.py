@@ -235,13 +235,7 @@ class Classify(Task[ClassifierConfig]):
         config, workdir, test = run.config, run.workdir, run.videos.test
         views = self.test_views(config.evaluate.segments, config.evaluate.crops)
         evaluator = self._tester(run)
-        if not (workdir / "best").exists():
-            raise UserError(
-                f"no weights of this run can be tested: its validation was never finite, so there is no "
-                f"{workdir / 'best'}: lower optim.lr or set optim.clip_norm, in another --workdir"
-            )
-        best: Any = nnx.to_pure_dict(nnx.state(export.load(workdir / "best"), nnx.Param))
-        best = sharding.replicate(jax.device_get(best), run.mesh)
+        best = sharding.replicate(backbone.best_weights(workdir), run.mesh)
         result = {}
         for name, params in {"best": best, "last": state.params, "last_average": state.ema}.items():
             if params is not None:
@@ -297,7 +291,12 @@ def summarize(
     if head == "multilabel" and not np.any(source.targets):
         raise UserError(f"no video in {source.root} has a class, so there is nothing to find")
     classification.check_finite(outputs.values, [source.ids[record] for record in outputs.records], whose)
-    if outputs.short and views.segments > 1:
+    if outputs.short and views.stride == 0:
+        report.say(
+            f"{len(outputs.short)} videos have fewer than {views.frames} frames, such as {outputs.short[0]}: "
+            f"their first frame is repeated"
+        )
+    elif outputs.short and views.segments > 1:
         report.say(
             f"{len(outputs.short)} videos are shorter than a clip of {views.frames} frames at stride "
             f"{views.stride}, such as {outputs.short[0]}: their last frame is repeated and all segments are "
@@ -332,10 +331,6 @@ def fields(config: Config, train: Source | None, path: str) -> dict[str, Any]:
         }
         | backbone.kept(config, path)
     )
-    if config.optim.freeze_blocks > model.encoder.depth:
-        raise UserError(
-            f"optim.freeze_blocks={config.optim.freeze_blocks} of {model.encoder.depth} blocks: lower it"
-        )
     mix = Mix(augment.mixup, augment.cutmix, augment.mix_probability, augment.mix_switch)
     is_mixed = mix.is_active and head.kind == "softmax" and not config.debug.overfit
     _check_mix(config, mix, is_mixed)
@@ -360,7 +355,7 @@ def fields(config: Config, train: Source | None, path: str) -> dict[str, Any]:
         mix=mix if is_mixed else None,
         smoothing=loss.smoothing,
         class_weights=weights_of_classes,
-        layers=optim.Layers(config.optim.layer_decay, config.optim.freeze_blocks),
+        layers=backbone.layers(config, model),
         overfit=config.debug.overfit > 0,
     )
 

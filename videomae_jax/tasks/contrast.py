@@ -251,15 +251,13 @@ def make(config: Config, _train: Source | None, _weights: str) -> Contrast:
     Raises:
         UserError, ValueError: sizes and settings that do not fit together.
     """
-    if config.data.stride < 1:
-        raise UserError("data.stride=0 (one frame of each part) is for finetuning: use at least 1")
     if config.data.clips_per_video != 2:
         raise UserError("task=contrast compares two clips of each video: set --config.data.clips_per_video=2")
     if len(config.model.pixel_mean) != 3:
         raise UserError("task=contrast changes colours, of three channels: leave model.pixel_mean as it is")
     return Contrast(
         model=VideoMAEConfig.from_dict(backbone.fields(config) | {"decoder": None}),
-        stride=config.data.stride,
+        stride=backbone.stride(config),
         flip=config.augment.flip,
         area=tuple(config.augment.area),
         hidden=config.contrast.hidden,

@@ -182,14 +182,9 @@ class Detect(Task[DetectorConfig]):
         Raises:
             UserError: there are no best weights.
         """
-        if not (run.workdir / "best").exists():
-            raise UserError(
-                f"no weights of this run can be tested: its validation was never finite, so there is no "
-                f"{run.workdir / 'best'}: lower optim.lr or set optim.clip_norm, in another --workdir"
-            )
-        best: Any = nnx.to_pure_dict(nnx.state(export.load(run.workdir / "best"), nnx.Param))
+        best = backbone.best_weights(run.workdir)
         tester = self.tester(run.config, run.videos.test, run.mesh, tested_part(run.videos.test))
-        found = tester.run(jax.device_get(best))
+        found = tester.run(best)
         return {"test": detections.write(run.workdir, found, run.config, str(run.workdir / "best"))}
 
 
@@ -321,10 +316,6 @@ def make(config: Config, train: Source | None, path: str) -> Detect:
         raise UserError(
             "task=detect takes one clip around a key: set data.clips_per_video=1, data.stride=1 or more"
         )
-    if config.optim.freeze_blocks > model.encoder.depth:
-        raise UserError(
-            f"optim.freeze_blocks={config.optim.freeze_blocks} of {model.encoder.depth} blocks: lower it"
-        )
     return Detect(
         model=model,
         stride=config.data.stride,
@@ -333,6 +324,6 @@ def make(config: Config, train: Source | None, path: str) -> Detect:
         boxes=detect.boxes,
         flip=config.augment.flip,
         colours=detect.colours,
-        layers=optim.Layers(config.optim.layer_decay, config.optim.freeze_blocks),
+        layers=backbone.layers(config, model),
         numbers=train.numbers if isinstance(train, SceneSource) else (),
     )

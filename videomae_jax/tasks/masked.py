@@ -11,7 +11,7 @@ from videomae_jax.data import pipeline
 from videomae_jax.data.sources import Source
 from videomae_jax.models import functional, masking, tubelets
 from videomae_jax.models.mae import VideoMAE, VideoMAEConfig
-from videomae_jax.tasks import knn
+from videomae_jax.tasks import backbone, knn
 from videomae_jax.training.step import Batch, clip_keys
 from videomae_jax.training.task import Run, Task, Validate
 
@@ -72,15 +72,13 @@ def fields(config: Config, train: Source | None) -> dict[str, Any]:
     Raises:
         UserError: settings that make no sense.
     """
-    if config.data.stride < 1:
-        raise UserError("data.stride=0 (one frame of each part) is for finetuning: use at least 1")
     if config.loss.kind not in tubelets.LOSSES:
         raise UserError(f"loss.kind={config.loss.kind!r} is unknown: use {', '.join(tubelets.LOSSES)}")
     return {
         "mask": config.mask.kind,
         "mask_ratio": config.mask.ratio,
         "loss_kind": config.loss.kind,
-        "stride": config.data.stride,
+        "stride": backbone.stride(config),
         "clips_per_video": config.data.clips_per_video,
         "short_side": train.short_side if train is not None and config.data.resize == "device" else 0,
     }
