@@ -5,7 +5,8 @@
         --workdir=runs/distilled_tiny
 
 Arguments: teacher=WEIGHTS of a classifier of the same classes, of any layout, size and number of frames;
-size=tiny|small|base; data=k400|ssv2|moving_shapes or data=PATH. Set --config.init_from to a pretrained
+size=tiny|small|base; data=k400|k600|k710|ssv2|ucf101|hmdb51|moving_shapes
+or data=PATH. Set --config.init_from to a pretrained
 backbone.
 
 VideoMAE V2 distilled its giant model into small (K400 83.7) and base (86.6) while it finetuned on
@@ -18,7 +19,11 @@ from videomae_jax import config
 from videomae_jax.models import vit
 
 # stride, segments of the test, whether clips are mirrored
-_DATA = {"k400": (4, 5, True), "ssv2": (0, 2, False)}
+_DATA = {
+    **dict.fromkeys(("k400", "k600", "k710", "ucf101"), (4, 5, True)),
+    "ssv2": (0, 2, False),
+    "hmdb51": (2, 5, True),
+}
 _SIZES = ("tiny", "small", "base")
 
 

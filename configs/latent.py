@@ -5,7 +5,8 @@
         --workdir=runs/latent_tiny
 
 Arguments: teacher=WEIGHTS of any layout, of any size with the clips and tubelets of the student (a small one
-will do); size=tiny|small|base|large|huge; data=k400|ssv2|moving_shapes or data=PATH; recipe=salt|mvd.
+will do); size=tiny|small|base|large|huge; data=k400|ssv2|ucf101|hmdb51|moving_shapes or data=PATH;
+recipe=salt|mvd.
 
 salt (arXiv 2509.24317): multi-block masks, L1, a predictor of 12 blocks, 384 wide. Its steps were 200,000 of
 3,072 clips on 3.6 million videos; the durations here are epochs, ours. mvd (arXiv 2212.04500): its video
@@ -19,7 +20,7 @@ are sine and cosine, and MVD's targets are normalised too.
 from videomae_jax import config
 from videomae_jax.models import vit
 
-_STRIDES = {"k400": 4, "ssv2": 2}
+_STRIDES = {"k400": 4, "ssv2": 2, "ucf101": 4, "hmdb51": 2}
 _RECIPES = ("salt", "mvd")
 # Size: width, heads and depth of MVD's decoder, by the published scripts
 _MVD = {
@@ -50,7 +51,7 @@ def get_config(arg: str | None = None):
         c.loss.kind = "l1"
         c.data.batch_size = 3072
         c.optim.update(
-            lr=4.4e-5, min_lr=4.4e-5, weight_decay=0.04, betas=(0.9, 0.999), duration=300, warmup=40
+            lr=4.375e-5, min_lr=4.375e-5, weight_decay=0.04, betas=(0.9, 0.999), duration=300, warmup=40
         )
     else:
         width, heads, depth = _MVD[arg.size]

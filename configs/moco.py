@@ -3,9 +3,10 @@
     ./launch/local.sh train --config=configs/moco.py:size=base,data=k400 --workdir=runs/moco
     ./launch/local.sh train --config=configs/moco.py:size=tiny,data=moving_shapes --workdir=runs/moco_tiny
 
-Arguments: size=tiny|small|base|large; data=k400|ssv2|moving_shapes or data=PATH. The paper trains 300 epochs
-on SSv2 and says no more of its video recipe, so this one is ours: the image method's heads, loss, views,
-optimizer and momentum, two clips of a video at independent times, the mean of all tokens as representation.
+Arguments: size=tiny|small|base|large; data=k400|ssv2|ucf101|hmdb51|moving_shapes or data=PATH. The paper
+trains 300 epochs on SSv2 and says no more of its video recipe, so this one is ours: the image method's heads,
+loss, views, optimizer and momentum, two clips of a video at independent times, the mean of all tokens as
+representation.
 docs/parity.md lists it line by line. --config.evaluate.every=10 looks at neighbours meanwhile (knn_top1).
 
 size=tiny is for generated data on a laptop, and looks at neighbours: no mirroring and mild crops, for classes
@@ -15,7 +16,8 @@ are directions.
 from videomae_jax import config
 from videomae_jax.models import vit
 
-_DATA = {"k400": (4, True), "ssv2": (2, False)}  # stride, whether clips are mirrored
+# stride, whether clips are mirrored
+_DATA = {"k400": (4, True), "ssv2": (2, False), "ucf101": (4, True), "hmdb51": (2, True)}
 _SIZES = ("tiny", "small", "base", "large")
 
 

@@ -32,7 +32,6 @@ def get_config(arg: str | None = None):
         c.data.generate.update(size=48, frames=24, videos=2048)
         c.data.update(frames=8, stride=3, size=(48, 48))
         c.evaluate.update(segments=2, batch_videos=16)
-        c.probe.num_heads = 4
     elif arg.size == "base":
         c.data.stride = _STRIDES.get(arg.data, 4)
         c.evaluate.segments = 2 if arg.data == "ssv2" else 3

@@ -42,7 +42,7 @@ def get_config(arg: str | None = None):
         c.model.encoder.update(vars(size.encoder))
         c.model.decoder.update(vars(size.decoder))
         c.data.generate.update(size=128, frames=48, videos=16384)
-        c.data.update(frames=16, stride=2, size=(128, 128), batch_size=256, threads=8)
+        c.data.update(frames=16, stride=2, size=(128, 128), batch_size=256)
         c.optim.update(duration=20_000, warmup=1000, lr=6e-4, min_lr=0.0)
         c.checkpoint.every = 2000
         c.log.steps = 50

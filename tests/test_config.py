@@ -22,12 +22,14 @@ from videomae_jax.training import compute, planned
 PUBLISHED = {
     ("small", "k400"): (1024, 6e-4, 4e-5, 0.9, 4, 4, 1601, 40, 20),
     ("base", "k400"): (2048, 1.2e-3, 8e-5, 0.9, 4, 4, 1601, 40, 20),
+    ("base", "k400,epochs=800"): (2048, 1.2e-3, 8e-5, 0.9, 4, 4, 801, 40, 20),
+    ("base", "ssv2,epochs=800"): (2048, 1.2e-3, 8e-5, 0.9, 2, 4, 801, 40, 20),
     ("large", "k400"): (512, 3e-4, 2e-5, 0.9, 4, 12, 1601, 40, 20),
     ("huge", "k400"): (1024, 6e-4, 4e-5, 0.9, 4, 12, 1601, 40, 20),
     ("small", "ssv2"): (2048, 1.2e-3, 8e-5, 0.9, 2, 4, 2401, 40, 20),
     ("base", "ssv2"): (2048, 1.2e-3, 8e-5, 0.9, 2, 4, 2401, 40, 20),
     ("base", "ucf101"): (192, 2.25e-4, 7.5e-6, 0.75, 4, 4, 3201, 40, 100),
-    ("base", "hmdb51"): (192, 2.25e-4, 7.5e-6, 0.75, 2, 4, 4801, 40, 100),
+    ("base", "hmdb51"): (192, 2.25e-4, 7.5e-6, 0.75, 2, 4, 4800, 40, 100),
 }
 
 
@@ -55,6 +57,8 @@ def test_published_pretraining(row):
 FINETUNING = {
     ("small", "k400"): (384, 2, 7.5e-4, 1.5e-6, 150, 0.75, 0.1, 0.0, 4, (5, 3)),
     ("base", "k400"): (384, 2, 7.5e-4, 1.5e-6, 75, 0.75, 0.1, 0.0, 4, (5, 3)),
+    ("base", "k400,pretrained=800"): (512, 1, 2e-3, 2e-6, 100, 0.75, 0.1, 0.0, 4, (5, 3)),
+    ("base", "ssv2,pretrained=800"): (512, 1, 1e-3, 2e-6, 50, 0.75, 0.1, 0.0, 0, (2, 3)),
     ("large", "k400"): (128, 2, 1e-3, 5e-7, 35, 0.75, 0.1, 0.0, 4, (5, 3)),
     ("huge", "k400"): (512, 2, 2e-3, 2e-5, 50, 0.75, 0.2, 0.5, 4, (5, 3)),
     ("small", "ssv2"): (384, 2, 1.5e-3, 1.5e-6, 40, 0.70, 0.1, 0.0, 0, (2, 3)),
@@ -81,7 +85,7 @@ def test_published_finetuning(row):
     assert (c.optim.betas, c.optim.weight_decay, c.optim.clip_norm) == ((0.9, 0.999), 0.05, 0)
     assert (c.augment.policy, c.augment.erasing) == ("rand-m7-n4-mstd0.5-inc1", 0.25)
     assert (c.augment.mixup, c.augment.cutmix, c.loss.smoothing, c.head.scale) == (0.8, 1.0, 0.1, 0.001)
-    assert c.augment.flip == (data != "ssv2")
+    assert c.augment.flip == (not data.startswith("ssv2"))
 
 
 # Fact sheets 4.5, 8.1: clips of a step, effective lr, min lr, warm-up, epochs, clip norm, decoder, predicted
@@ -127,8 +131,9 @@ FINETUNING_V2 = {
     ("giant", "k400"): (192, 7.5e-4, 0.9, 0.2, 0.0, 0.1, 30, 5),
     ("giant", "k400,start=k710"): (96, 3.75e-6, 0.9, 0.25, 0.0, 0.1, 3, 5),
     ("giant", "ssv2"): (96, 1.125e-4, 0.9, 0.25, 0.0, 0.05, 20, 2),
-    ("giant", "ucf101"): (24, 9.375e-5, 0.9, 0.35, 0.5, 0.05, 50, 5),
-    ("giant", "hmdb51"): (24, 4.6875e-5, 0.9, 0.35, 0.5, 0.05, 15, 5),
+    ("giant", "k600,start=k710"): (96, 3.75e-6, 0.9, 0.25, 0.0, 0.1, 3, 5),
+    ("giant", "ucf101,start=k710"): (24, 9.375e-5, 0.9, 0.35, 0.5, 0.05, 50, 5),
+    ("giant", "hmdb51,start=k710"): (24, 4.6875e-5, 0.9, 0.35, 0.5, 0.05, 15, 5),
 }
 
 
@@ -165,9 +170,9 @@ def test_a_path_takes_the_kinetics_recipe():
         ("study", "stage=finetune,labels=10,steps=100,look=b"),
         ("moco", "size=base,data=k400"),
         ("moco", "size=tiny,data=moving_shapes"),
+        ("moco", "data=hmdb51"),
         *(("pretrain_v2", f"size={size}") for size in PRETRAINING_V2),
         *(("finetune", f"recipe=v2,size={size},data={data}") for size, data in FINETUNING_V2),
-        ("finetune", "size=giant,data=k600,start=k710"),
     ],
 )
 def test_every_config_is_locked_and_its_step_traces(name, arg):
@@ -257,6 +262,12 @@ def test_every_config_file_is_tested():
         ("finetune", "recipe=v3", "recipe=v3 is unknown: use v1 or v2"),
         ("finetune", "recipe=v2,size=small", "recipe=v2 has no row for size=small"),
         ("finetune", "start=k710", "start=k710 is for size=giant"),
+        ("finetune", "start=k710,size=giant,data=ssv2", "size=giant with data=k400, k600, ucf101, hmdb51"),
+        ("finetune", "pretrained=1600", "pretrained=1600 is unknown: 800 is for size=base"),
+        ("finetune", "pretrained=800,size=large", "800 is for size=base"),
+        ("finetune", "pretrained=800,recipe=v2", "pretrained=800 is for recipe=v1"),
+        ("finetune", "pretrained=800,size=tiny", "size=tiny has a recipe of its own"),
+        ("pretrain", "epochs=400", "epochs=400 is unknown: 800 is for k400, ssv2"),
         ("pretrain_v2", "size=tiny", "size=tiny is unknown: use small, base"),
         ("finetune", "preset=big", "preset=big is unknown: use published, small_data"),
         ("probe", "size=huge", "size=huge is unknown: use tiny or base"),

@@ -55,6 +55,7 @@ def test_each_probe(weights, colours, tmp_path, kind):
     result = json.loads((tmp_path / "evaluation.json").read_text())
     assert result == summary["evaluation"]
     assert (result["videos"], result["probe"]) == (12, kind)
+    assert result["protocol"]
     assert result["top1"] > 0.9
     assert (tmp_path / "predictions.csv").exists()
 
@@ -163,6 +164,7 @@ def test_a_video_that_cannot_be_decoded_is_left_out(weights, colours, tmp_path, 
         ("probe", {"kind": "mlp"}, "probe.kind='mlp' is unknown: use knn, linear, attentive"),
         ("head", {"kind": "regression"}, "probes name classes"),
         (None, {"init_from": ""}, "a probe needs trained weights"),
+        ("probe", {"kind": "attentive", "num_heads": 5}, "probe.num_heads=5 does not divide the width"),
     ],
 )
 def test_wrong_probes(weights, colours, tmp_path, section, change, text):

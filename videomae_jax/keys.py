@@ -286,7 +286,7 @@ KEYS: dict[str, Key] = {
     "probe.epochs": Key(100, "of linear and attentive", "[1, inf)", read_by=PROBES),
     "probe.lr": Key(0.1, "per 256 clips", "(0, inf)", read_by=PROBES),
     "probe.batch_size": Key(1024, "clips; at most all", "[1, inf)", read_by=PROBES),
-    "probe.num_heads": Key(12, "of attentive", "[1, inf)", read_by=PROBES),
+    "probe.num_heads": Key(0, "of attentive; 0: as the encoder", "[0, inf)", read_by=PROBES),
     "debug.overfit": Key(
         0,
         "learn this many videos by heart, without augmentation; must reach 100 %. 0: off",

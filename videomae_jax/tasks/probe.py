@@ -18,12 +18,17 @@ from videomae_jax.data import pipeline
 from videomae_jax.evaluation import classification, neighbours
 from videomae_jax.evaluation.classification import Scores, merge_views
 from videomae_jax.interop import weights
-from videomae_jax.models import heads
+from videomae_jax.models import heads, vit
 from videomae_jax.storage import Place
 from videomae_jax.tasks import backbone, features
 from videomae_jax.training import compute, loop, optim, report, splits
 
-KINDS = ("knn", "linear", "attentive")
+_PROTOCOLS = {
+    "knn": "votes of the nearest training videos by cosine, each the mean of its clips",
+    "linear": "batch norm and a linear layer by SGD on pooled features of unaugmented clips",
+    "attentive": "one learned query on the tokens of each unaugmented clip by AdamW; views are averaged",
+}
+"""What a kind of probe does, for evaluation.json: figures of other protocols differ by ten points."""
 
 
 def run(config: Config, workdir: Place, started: float) -> dict[str, Any]:
@@ -39,26 +44,16 @@ def run(config: Config, workdir: Place, started: float) -> dict[str, Any]:
         OutputError: features or outputs that are not finite.
     """
     kind = config.probe.kind
-    if kind not in KINDS:
-        raise UserError(f"probe.kind={kind!r} is unknown: use {', '.join(KINDS)}")
-    if config.head.kind != "softmax":
-        raise UserError(f"probes name classes: head.kind={config.head.kind} is for finetuning")
-    if not config.init_from:
-        raise UserError("a probe needs trained weights: set --config.init_from=WORKDIR or an export")
-    if jax.process_count() > 1:
-        raise UserError("a probe runs on one host: start it on one")
+    _check(config, workdir)
     mesh = compute.make_mesh(config)
     model = backbone.computed(config, weights.read(config.init_from, backbone.hints(config)))
+    config = _with_heads(config, model.config.encoder)
     frozen = features.Frozen(config.init_from, model, per_token=kind == "attentive")
     videos = splits.open_splits(config)
     if videos.test is videos.train or videos.train is videos.validation:
         raise UserError(
             f"{config.data.path} has no other videos to test on, and {len(videos.train)} are too few to hold "
             f"some out (data.held_out={config.data.held_out}): give it a validation or a test part"
-        )
-    if (workdir / "config.json").exists():
-        raise UserError(
-            f"{workdir} belongs to a training run, whose results these would replace: use another"
         )
     report.write_json(workdir / "probe.json", loop.identity(config, videos.train))
     clip = (config.data.frames, config.data.stride, tuple(config.data.size))
@@ -85,6 +80,7 @@ def run(config: Config, workdir: Place, started: float) -> dict[str, Any]:
     result = {
         **scores.metrics("softmax"),
         "probe": kind,
+        "protocol": _PROTOCOLS[kind],
         "videos": len(test.records),
         "videos_failed": len(test.failed),
         "failed": test.failed,
@@ -96,6 +92,34 @@ def run(config: Config, workdir: Place, started: float) -> dict[str, Any]:
     summary = {"task": "probe", "evaluation": result, "bad_videos": train.failed, "seconds": seconds}
     report.write_json(workdir / "summary.json", summary)
     return summary
+
+
+def _check(config: Config, workdir: Place) -> None:
+    """Refuses what no probe can be made of."""
+    if config.probe.kind not in _PROTOCOLS:
+        raise UserError(f"probe.kind={config.probe.kind!r} is unknown: use {', '.join(_PROTOCOLS)}")
+    if config.head.kind != "softmax":
+        raise UserError(f"probes name classes: head.kind={config.head.kind} is for finetuning")
+    if not config.init_from:
+        raise UserError("a probe needs trained weights: set --config.init_from=WORKDIR or an export")
+    if jax.process_count() > 1:
+        raise UserError("a probe runs on one host: start it on one")
+    if (workdir / "config.json").exists():
+        raise UserError(
+            f"{workdir} belongs to a training run, whose results these would replace: use another"
+        )
+
+
+def _with_heads(config: Config, encoder: vit.Stack) -> Config:
+    """The settings with the heads of an attentive probe on an encoder's tokens."""
+    config = config.copy_and_resolve_references()
+    config.probe.num_heads = config.probe.num_heads or encoder.num_heads
+    if config.probe.kind == "attentive" and encoder.width % config.probe.num_heads:
+        raise UserError(
+            f"probe.num_heads={config.probe.num_heads} does not divide the width {encoder.width} of the "
+            f"features: leave it at 0, the encoder's {encoder.num_heads}"
+        )
+    return config
 
 
 def _knn(
@@ -137,10 +161,7 @@ def _attentive(
 ) -> Float[np.ndarray, "B V K"]:
     """An `AttentiveProbe` by AdamW with weight decay 0.05."""
     width = train.shape[-1]
-    try:
-        probe = heads.AttentiveProbe(width, config.probe.num_heads, classes, rngs=nnx.Rngs(config.seed))
-    except ValueError as error:
-        raise UserError(f"probe.{error}") from None
+    probe = heads.AttentiveProbe(width, config.probe.num_heads, classes, rngs=nnx.Rngs(config.seed))
     graphdef, state = nnx.split(probe)
 
     def outputs(params: Any, rows: Float[Array, "B N D"]) -> Float[Array, "B K"]:
