@@ -1,5 +1,7 @@
 """Reconstructions: what each statistics mode may look at, the numbers, and the files."""
 
+import json
+
 import av
 import clips
 import jax
@@ -171,6 +173,9 @@ def test_the_command(model, tmp_path):
     panels = reconstruct.run(path, str(tmp_path / "model"), str(tmp_path / "out.gif"), **settings)
     assert panels.statistics == "true"
     assert clips.frame_numbers(panels.original[0]) == [10, 12, 14, 16]
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert (told["frames"], told["mask_ratio"]) == ([10, 12, 14, 16], 0.75)
+    assert told["psnr"] == pytest.approx(panels.psnr())
     settings |= {"start": -1.0, "hints": Hints(stride=1), "mask": "frame", "mask_ratio": 0.5}
     panels = reconstruct.run(path, str(tmp_path / "model"), str(tmp_path / "out.png"), **settings)
     assert clips.frame_numbers(panels.original[0]) == [8, 9, 10, 11]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from videomae_jax.apps import videos
 from videomae_jax.data import decode, pipeline, prepare, prepared, ranges, reading, sources, transcode
 from videomae_jax.data.collection import Collection, Entry
 
@@ -84,6 +85,8 @@ def test_remote_folders_lists_and_files(bucket):
     assert source[0]["video"] == "gs://bucket/videos/a.mp4"
     found, ids, bad = pipeline.middle_clips(source, CLIP)
     assert (found.shape, ids, bad) == ((2, 4, 16, 16, 3), ["a.mp4", "b.1"], {})
+    one = videos.find(["gs://bucket/videos/a.mp4"], "all")
+    assert [(video.name, video.record()["video"]) for video in one] == [("a.mp4", "gs://bucket/videos/a.mp4")]
     listed = prepared.open_source("gs://bucket/list.csv", "train")
     assert listed.labels == (1, 0)
     assert [row["video"] for row in (listed[0], listed[1])] == [

@@ -23,7 +23,8 @@ from videomae_jax.evaluation import classification
 from videomae_jax.evaluation.classification import OutputError
 from videomae_jax.interop import export, transfer, weights
 from videomae_jax.interop.weights import Hints
-from videomae_jax.tasks import evaluate, knn, table
+from videomae_jax.models.detector import ActionDetector, DetectorConfig
+from videomae_jax.tasks import backbone, evaluate, knn, table
 from videomae_jax.tasks.finetune import Finetune
 from videomae_jax.training import compute, report, splits, step, testing
 from videomae_jax.training.task import Run
@@ -312,7 +313,7 @@ def test_evaluate_on_a_folder_of_its_own(undisturbed, shapes, tmp_path):
         evaluate.run(c, tmp_path / "w", str(undisturbed[0]))
 
 
-def test_evaluate_counts_what_cannot_be_decoded(undisturbed, shapes, tmp_path):
+def test_evaluate_counts_what_cannot_be_decoded(undisturbed, shapes, tmp_path, capsys):
     folder = tmp_path / "videos"
     for path in (shapes / "validation").rglob("*.mp4"):
         copy = folder / path.parent.name / path.name
@@ -330,6 +331,10 @@ def test_evaluate_counts_what_cannot_be_decoded(undisturbed, shapes, tmp_path):
     assert (found["videos"], found["videos_failed"]) == (9, 1)
     assert list(found["failed"]) == ["up/broken.mp4"]
     assert found["videos_shorter_than_a_clip"] == 1
+    c.data.stride = 0  # one frame of each part: only what has fewer frames than a clip is short
+    found = evaluate.run(c, tmp_path / "w", str(undisturbed[0]))
+    assert found["videos_shorter_than_a_clip"] == 1
+    assert "have fewer than" in capsys.readouterr().err
 
 
 def with_classes(shapes, folder, names):
@@ -345,6 +350,10 @@ def test_wrong_uses_of_evaluate(undisturbed, pretrained, shapes, tmp_path):
     c = finetune_config(shapes)
     with pytest.raises(settings.UserError, match="holds a pretraining model, which has no trained head"):
         evaluate.run(c, tmp_path / "w", str(pretrained))
+    config = DetectorConfig.from_dict(backbone.fields(compute.on_this_machine(c)) | {"classes": ("a", "b")})
+    vm.save(ActionDetector(config, rngs=nnx.Rngs(0)), tmp_path / "detector")
+    with pytest.raises(settings.UserError, match=r"holds a detector, not a classifier.*configs/detect\.py"):
+        evaluate.run(c, tmp_path / "w", str(tmp_path / "detector"))
     with pytest.raises(
         settings.UserError, match="evaluate tests classifiers and detectors, not task=pretrain"
     ):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 
 import jax
@@ -210,7 +211,7 @@ def run(
     seed: int,
     hints: weights.Hints,
 ) -> Panels:
-    """Draws one clip of a video file as a model reconstructs it.
+    """Draws one clip of a video file as a model reconstructs it; beside OUT, figures and settings as .json.
 
     Args:
         statistics: "" takes "true" for a model trained on normalised tubelets and "raw" for one on pixels.
@@ -261,4 +262,7 @@ def run(
     except ValueError as error:
         raise UserError(str(error)) from None
     write(panels, [pathlib.Path(video).name], path, fps=min(max(fps, 2.0), 30.0))
+    told = {"video": video, "frames": wanted.tolist(), "checkpoint": checkpoint, "seed": seed}
+    told |= {name: recipe[name] for name in given} | {"statistics": statistics, "psnr": panels.psnr()}
+    storage.write_text(path.with_suffix(".json"), json.dumps(told, indent=1) + "\n")
     return panels

@@ -7,6 +7,8 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from etils import epath
+
 from videomae_jax import storage
 from videomae_jax.config import UserError
 from videomae_jax.data import decode, prepared, reading, sources
@@ -102,14 +104,14 @@ def find(paths: Sequence[str], split: str) -> list[Named]:
 
 
 def _is_video(path: str) -> bool:
-    return os.path.isfile(path) and pathlib.Path(path).suffix.lower() in sources.SUFFIXES
+    return pathlib.PurePath(path).suffix.lower() in sources.SUFFIXES and epath.Path(path).is_file()
 
 
 def _sources(path: str, split: str) -> dict[str, Source]:
     """The sources of a path, by what their names begin with."""
-    place = pathlib.Path(path)
     if _is_video(path):
-        return {"": sources.VideoSource(str(place.parent), (place.name,), (-1,))}
+        folder, name = os.path.split(path)
+        return {"": sources.VideoSource(folder or ".", (name,), (-1,))}
     there = [part for part in SPLITS if prepared.has_split(path, part)]
     if not there:
         if split != "all":

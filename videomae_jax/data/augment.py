@@ -45,7 +45,7 @@ def multi_scale_box(height: int, width: int, size: tuple[int, int], rng: np.rand
 def resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 [T, H, W, 3] -> [T, *size, 3], bilinear with anti-aliasing as PIL does.
 
-    Where nothing becomes smaller by OpenCV, a sixth of the time and within one grey level of PIL: there is
+    Where nothing becomes smaller by OpenCV, a seventh of the time and within one grey level of PIL: there is
     nothing to smooth then. It counts in whole numbers: on x86 the bytes are the same with and without SIMD.
     """
     return frames if frames.shape[1:3] == size else resized_crop(frames, (0, 0, *frames.shape[1:3]), size)

@@ -11,8 +11,9 @@ from videomae_jax import hosts, storage
 from videomae_jax.apps import predictions
 from videomae_jax.config import Config, UserError
 from videomae_jax.data import sources
-from videomae_jax.interop import weights
+from videomae_jax.interop import export, weights
 from videomae_jax.keys import CLASSIFIERS
+from videomae_jax.models.detector import DetectorConfig
 from videomae_jax.models.heads import ClassifierConfig
 from videomae_jax.storage import Place
 from videomae_jax.tasks import backbone, classify, finetune
@@ -39,17 +40,7 @@ def run(
     is_best = not checkpoint and (workdir / "best").is_dir()
     path = checkpoint or str(workdir / "best" if is_best else workdir)
     hints = backbone.hints(config, hints)
-    made = weights.read_config(path, hints)
-    if not isinstance(made, ClassifierConfig):
-        raise UserError(
-            f"{path} holds a pretraining model, which has no trained head: finetune it first (train "
-            f"--config=configs/finetune.py --config.init_from={path})"
-        )
-    if made.head != config.head.kind:
-        raise UserError(
-            f"the model in {path} has a {made.head} head, the settings say {config.head.kind}: set "
-            f"--config.head.kind={made.head}"
-        )
+    made = _checked(weights.read_config(path, hints), config, path)
     try:
         planned = finetune.make(config, None, "")
     except ValueError as error:
@@ -63,17 +54,7 @@ def run(
     mesh = compute.make_mesh(config)
     if trouble := storage.trouble(storage.at(workdir)):
         raise UserError(f"{trouble}: choose another --workdir")
-    if made.position_resize == "interpolate" != task.model.position_resize:
-        report.say(
-            f"warning: {path} was trained with an interpolated position table and is tested with a "
-            f"recomputed one: --config.model.position_resize=interpolate tests it as it was trained"
-        )
-    trained = weights.read_recipe(path, hints).get("stride", config.data.stride)
-    if trained != config.data.stride:
-        report.say(
-            f"warning: {path} was trained with data.stride={trained} (0: one frame of each part) and is "
-            f"tested with {config.data.stride}: --config.data.stride={trained} tests it as it was trained"
-        )
+    _warn_of_differences(made, weights.read_recipe(path, hints), config, path)
     views = task.test_views(config.evaluate.segments, config.evaluate.crops)
     report.say(
         f"evaluate: {len(source)} videos, {views.segments} x {views.crops} views, {path}, {task.describe()}"
@@ -90,6 +71,38 @@ def run(
         predictions.write(workdir, result, outputs.scores(source, made.head), source)
     report.say(f"{predictions.line(result)}; see {workdir / 'evaluation.json'}")
     return result
+
+
+def _checked(made: export.ModelConfig, config: Config, path: str) -> ClassifierConfig:
+    """The config of the model in `path`, if it is a classifier as the settings say."""
+    if isinstance(made, DetectorConfig):
+        raise UserError(f"{path} holds a detector, not a classifier: test it with --config=configs/detect.py")
+    if not isinstance(made, ClassifierConfig):
+        raise UserError(
+            f"{path} holds a pretraining model, which has no trained head: finetune it first (train "
+            f"--config=configs/finetune.py --config.init_from={path})"
+        )
+    if made.head != config.head.kind:
+        raise UserError(
+            f"the model in {path} has a {made.head} head, the settings say {config.head.kind}: set "
+            f"--config.head.kind={made.head}"
+        )
+    return made
+
+
+def _warn_of_differences(made: ClassifierConfig, recipe: dict[str, Any], config: Config, path: str) -> None:
+    """Says where a test is not as the training was."""
+    if made.position_resize == "interpolate" != config.model.position_resize:
+        report.say(
+            f"warning: {path} was trained with an interpolated position table and is tested with a "
+            f"recomputed one: --config.model.position_resize=interpolate tests it as it was trained"
+        )
+    trained = recipe.get("stride", config.data.stride)
+    if trained != config.data.stride:
+        report.say(
+            f"warning: {path} was trained with data.stride={trained} (0: one frame of each part) and is "
+            f"tested with {config.data.stride}: --config.data.stride={trained} tests it as it was trained"
+        )
 
 
 def _source(config: Config, made: ClassifierConfig, path: str) -> tuple[sources.Source, str]:

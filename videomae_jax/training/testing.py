@@ -119,12 +119,14 @@ class Evaluator:
     def _fetch(self, done: Any, host_fields: dict[str, np.ndarray]) -> Outputs:
         values, index, weight = jax.device_get(done)
         failed, short = {}, []
+        of_clip, stride = self.views.frames, self.views.stride
+        needed = (of_clip - 1) * stride + 1 if stride else of_clip
         for record, error, frames in zip(
             *(host_fields[name] for name in ("record", "error", "num_frames")), strict=True
         ):
             if error:
                 failed[self.source.ids[record]] = str(error)
-            elif record >= 0 and frames <= (self.views.frames - 1) * self.views.stride:
+            elif record >= 0 and frames < needed:
                 short.append(self.source.ids[record])
         # The rows of a host follow one another in a batch: by index they are in the source's order.
         good = np.flatnonzero(weight > 0)
