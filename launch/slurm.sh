@@ -37,7 +37,12 @@ cd "$root"
 # Without --kill-on-bad-exit the others would wait for a process that failed.
 srun --kill-on-bad-exit=1 .venv/bin/python -m videomae_jax "$@" --hosts=slurm
 
-if [[ "$1" == train && -n "$workdir" ]] && grep -qs '"interrupted": true' "$workdir/summary.json"; then
+read='import sys; from videomae_jax import storage; print((storage.at(sys.argv[1]) / "summary.json").read_text())'
+summary=""
+if [[ "$1" == train && -n "$workdir" ]]; then
+  summary="$(.venv/bin/python -c "$read" "$workdir" || true)"  # which may be gs://BUCKET/FOLDER
+fi
+if [[ "$summary" == *'"interrupted": true'* ]]; then
   echo "launch/slurm.sh: interrupted, back into the queue"
   scontrol requeue "$SLURM_JOB_ID"
 fi

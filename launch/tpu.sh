@@ -106,13 +106,16 @@ for ((attempt = 0; attempt <= restarts; attempt++)); do
   if ((status == 0)); then
     # The flag of the hosts comes last; it is the only one that this script adds.
     on_all "cd videomae_jax && set -o pipefail && EXTRAS=tpu,gcs launch/local.sh ${command}--hosts=tpu 2>&1 | tee -a host.log" || status=$?
+    rm -f "$logs/host0.log"  # of an attempt before
     collect
   fi
   [[ -n "$dry_run" ]] && exit 0
   now="$(state)"
-  # A slice about to be taken away gets SIGTERM first: the command saves and ends with status 0.
+  # A slice about to be taken away gets SIGTERM first: the command saves and ends with status 0. It may be gone
+  # before its log is here.
   is_over=1
   tail -n 5 "$logs/host0.log" 2>/dev/null | grep -q 'SIGTERM: saving' && is_over=""
+  [[ -e "$logs/host0.log" || "$now" == READY ]] || is_over=""
   ((status == 0)) && [[ -n "$is_over" ]] && exit 0
   if ((status)) && [[ "$now" == READY ]]; then
     echo "launch/tpu.sh: the command failed with status $status and the slice is there: see $logs" >&2

@@ -46,6 +46,13 @@ def test_a_sound_machine(shapes, tmp_path, capsys):
     assert lines[0].startswith("ok       versions     Python 3.")
 
 
+def test_what_is_wrong_on_another_host_is_told_everywhere(monkeypatch):
+    mine = [doctor.Finding("data", "ok", "64 videos")]
+    theirs = [doctor.Finding("data", "fix", "no such folder"), doctor.Finding("data", "ok", "else")]
+    monkeypatch.setattr(doctor.hosts, "gather", lambda value: [value, [vars(each) for each in theirs]])
+    assert doctor._of_all_hosts(mine) == [*mine, doctor.Finding("data", "fix", "host 1: no such folder")]
+
+
 def test_what_is_broken_is_told_and_hides_nothing(tmp_path, monkeypatch):
     def broken(*_):
         raise decode.DecodeError("no codec")

@@ -374,6 +374,13 @@ def test_unfinished_parts_are_named(videos, tmp_path):
         run(videos, tmp_path, finish=True)
 
 
+def test_a_finished_folder_is_not_begun_again_in_parts(done, tmp_path, videos):
+    shutil.copytree(done, tmp_path / "copy")
+    with pytest.raises(prepare.PrepareError, match="is finished but for 1 videos: leave out --part"):
+        run(videos, tmp_path / "copy", part="0/2", retry_failed=True)
+    assert run(videos, tmp_path / "copy", part="0/2") == json.loads((done / "manifest.json").read_text())
+
+
 def test_a_full_disk_is_one_line_and_nothing_is_lost(videos, tmp_path, monkeypatch):
     from array_record.python import array_record_module
 

@@ -87,6 +87,8 @@ def test_remote_folders_lists_and_files(bucket):
     assert (found.shape, ids, bad) == ((2, 4, 16, 16, 3), ["a.mp4", "b.1"], {})
     one = videos.find(["gs://bucket/videos/a.mp4"], "all")
     assert [(video.name, video.record()["video"]) for video in one] == [("a.mp4", "gs://bucket/videos/a.mp4")]
+    before = videos.stamps(one[0].source)
+    assert before[0][0][0] == (bucket / "videos" / "a.mp4").stat().st_size
     listed = prepared.open_source("gs://bucket/list.csv", "train")
     assert listed.labels == (1, 0)
     assert [row["video"] for row in (listed[0], listed[1])] == [

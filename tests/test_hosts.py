@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -207,7 +208,19 @@ def test_what_hosts_must_have_alike(shapes, tmp_path, monkeypatch, name, value, 
         hosts, "gather", lambda facts: [facts, {**facts, name: value} if name in facts else facts]
     )
     with pytest.raises(UserError, match=f"host 1 has {text}"):
-        hosts.check_agreement(load_config("debug", f"data={shapes}"), source, tmp_path)
+        hosts.check_agreement(load_config("debug", f"data={shapes}"), [source], tmp_path)
+
+
+def test_hosts_that_read_other_weights_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    facts = []
+    monkeypatch.setattr(hosts, "gather", lambda value: facts.append(value) or facts[-2:])
+    weights = {"b": np.ones((2, 3), "float32"), "a": {"c": np.arange(4)}}
+    hosts.check_weights(weights)
+    hosts.check_weights({"a": {"c": np.arange(4)}, "b": np.ones((2, 3), "float32")})
+    weights["b"][1, 2] += 1e-6
+    with pytest.raises(UserError, match=r"host 1 has other weights .*name the same weights everywhere"):
+        hosts.check_weights(weights)
 
 
 def test_a_failure_of_one_host_is_that_of_all(monkeypatch):
@@ -228,7 +241,7 @@ def test_a_failure_of_one_host_is_that_of_all(monkeypatch):
 def test_one_host_needs_nobody(shapes, tmp_path):
     assert hosts.gather({"a": 1}) == [{"a": 1}]
     hosts.wait("nobody")
-    hosts.check_agreement(load_config("debug"), prepared.open_source(str(shapes), "train"), tmp_path / "x")
+    hosts.check_agreement(load_config("debug"), [prepared.open_source(str(shapes), "train")], tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
@@ -306,6 +319,17 @@ def test_two_runs_in_one_folder(tmp_path, debug_config):
     assert (work / ".lock").exists()
     assert table.train(debug_config, work, time.time())["step"] == 2
     assert not (work / ".lock").exists()
+
+
+def test_a_lock_that_another_process_took_is_left_alone(tmp_path, monkeypatch):
+    """A process that stood still for long, so that another took over, ends and removes nothing."""
+    monkeypatch.setattr(hosts.Lock, "_EVERY", 0.01)
+    lost = threading.Event()
+    monkeypatch.setattr(hosts.Lock, "_lose", lambda self: lost.set())
+    with hosts.Lock(tmp_path / ".lock") as lock:
+        lock.path.write_text("another's")
+        assert lost.wait(10)
+    assert lock.path.read_text() == "another's"
 
 
 def test_a_stale_lock_is_taken_over_once(tmp_path, monkeypatch):

@@ -126,6 +126,14 @@ def test_tpu_begins_again_where_the_command_was_asked_to_stop(stand_in):
     assert sum("hosts=tpu" in " ".join(call) for call in calls) == 2
 
 
+def test_tpu_begins_again_where_the_slice_was_gone_before_its_log_came(stand_in):
+    unreachable = GCLOUD.replace('scp) [[ "$5"', 'scp) [[ "$5" == *host.log ]] && exit 1; [[ "$5"')
+    states = ["READY", "PREEMPTED", "PREEMPTED", "READY"]
+    done, calls = stand_in(LAUNCH / "tpu.sh", *POD, *TRAIN, states=states, gcloud=unreachable)
+    assert done.returncode == 0, done.stderr
+    assert sum("hosts=tpu" in " ".join(call) for call in calls) == 2
+
+
 @pytest.mark.parametrize(
     ("states", "create", "text"),
     [(["STOPPED"], "0", "the slice pod is STOPPED: wait, or delete it"), ([], "1", "")],
@@ -159,7 +167,8 @@ def test_tpu_hands_on_the_failure_of_a_command(stand_in):
 
 def test_slurm_starts_every_task_and_requeues_what_was_interrupted(stand_in, tmp_path):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    shutil.copy("/bin/true", tmp_path / ".venv" / "bin" / "python")
+    (tmp_path / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
     env = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "42"}
     words = ("train", "--config=c.py:data=my videos", f"--workdir={tmp_path}")
     run = lambda: stand_in(LAUNCH / "slurm.sh", *words, env=env, srun=RECORD, scontrol=RECORD)  # noqa: E731

@@ -334,7 +334,7 @@ def test_evaluate_counts_what_cannot_be_decoded(undisturbed, shapes, tmp_path, c
     c.data.stride = 0  # one frame of each part: only what has fewer frames than a clip is short
     found = evaluate.run(c, tmp_path / "w", str(undisturbed[0]))
     assert found["videos_shorter_than_a_clip"] == 1
-    assert "have fewer than" in capsys.readouterr().err
+    assert "1 videos have fewer than 8 frames" in capsys.readouterr().out
 
 
 def with_classes(shapes, folder, names):

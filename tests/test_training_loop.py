@@ -252,7 +252,7 @@ def test_what_was_trained_before_videos_went_bad_is_kept(debug_config, tmp_path,
     def less(self, number, *rest):
         return look(self, number, *rest) | ({"clips": 0.0} if number == a_while else {})
 
-    def too_many(_self, _failed):
+    def too_many(_self, _failed, _epoch):
         raise feed.TooManyBadVideos("2 of 8 videos cannot be decoded")
 
     monkeypatch.setattr(Guard, "look", less)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,6 +41,11 @@ def _start_hosts(hosts: str) -> None:
     except ValueError as error:
         raise flags.Error(str(error)) from None
     _find_devices()
+
+
+def _end_at_sigterm() -> None:
+    """Takes back JAX's handler, which on several hosts swallows the signal: training alone asks it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _find_devices() -> None:
@@ -105,6 +111,7 @@ def _evaluate(values: Any, _arguments: list[str], _started: float) -> None:
     _start_hosts(values.hosts)
     from videomae_jax.tasks import table
 
+    _end_at_sigterm()
     table.evaluate_weights(values.config, storage.at(values.workdir), values.checkpoint, _hints(values))
 
 
@@ -266,6 +273,7 @@ def _doctor(values: Any, _arguments: list[str], _started: float) -> None:
     from videomae_jax.apps import doctor
     from videomae_jax.config import UserError
 
+    _end_at_sigterm()
     findings = doctor.run(values.data, values.workdir)
     if values.config:
         findings.append(_rehearsed(values))

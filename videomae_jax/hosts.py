@@ -18,7 +18,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+import zlib
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -73,6 +74,8 @@ _FIXES = {
     "devices": "give every host as many devices of one kind",
     "videos": "let data.path name the same videos everywhere",
     "checkpoint": "name the same weights everywhere",
+    "weights": "name the same weights everywhere, of a run that has ended",
+    "newest checkpoint": "wait until all see the same files in the work folder",
     "compute": "use the same devices and drivers everywhere",
 }
 _OWN = re.compile(r"data\.(path|workers|threads)")  # settings that each host may have for itself
@@ -116,7 +119,22 @@ def agreed(prepare: Callable[[], T]) -> T:
     return value
 
 
-def check_agreement(config: Config, source: Source, workdir: Place, **facts: Any) -> None:
+def check_weights(arrays: Any) -> None:
+    """Refuses hosts that have read other weights, a tree of arrays that should be the same on all.
+
+    Raises:
+        UserError: the same on every host, naming the first that differs.
+    """
+    if jax.process_count() == 1:
+        return
+    total = 0
+    for path, array in jax.tree_util.tree_leaves_with_path(arrays):
+        total = zlib.crc32(str(path).encode(), total)
+        total = zlib.crc32(np.asarray(array).tobytes(), total)
+    check_same(weights=f"hash {total:08x}")
+
+
+def check_agreement(config: Config, videos: Sequence[Source], workdir: Place, **facts: Any) -> None:
     """Refuses hosts that do not run the same: settings, code, versions, videos, work folder, more `facts`.
 
     Raises:
@@ -132,7 +150,7 @@ def check_agreement(config: Config, source: Source, workdir: Place, **facts: Any
                     f"host {host} has other settings than host 0 ({key}: {everyone[0].get(key)} -> {value}): "
                     f"start all alike"
                 )
-    check_same(videos=[len(source), source.fingerprint()], **facts)
+    check_same(videos=[[len(source), source.fingerprint()] for source in videos], **facts)
     _check_workdir(workdir)
 
 
@@ -189,9 +207,12 @@ class Interrupt:
             return self._is_set
         return multihost_utils.reached_preemption_sync_point(next(self._asked))
 
+    def end(self) -> None:
+        """Lets the next SIGTERM end the process at once; JAX's handler would swallow it for ever."""
+        signal.signal(signal.SIGTERM, self._before if self._is_alone else signal.SIG_DFL)
+
     def __exit__(self, *_exception: object) -> None:
-        if self._is_alone:
-            signal.signal(signal.SIGTERM, self._before)
+        self.end()
 
 
 def _process_space() -> str:
@@ -300,13 +321,25 @@ class Lock:
 
     def _touch(self) -> None:
         while not self._stop.wait(self._EVERY):
-            with contextlib.suppress(Exception):  # the next time will do; each store's client has its own
+            try:
+                if self.path.read_text() != self._text:
+                    self._lose()
                 self.path.write_text(self._text) if storage.is_remote(self.path) else os.utime(self.path)
+            except Exception:  # the next time will do; each store's client has its own
+                continue
+
+    def _lose(self) -> None:
+        """Ends a process that stood still for so long that another one took its place."""
+        print(f"another process has taken {self.path.parent} meanwhile, ending at once", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
 
     def __exit__(self, *_exception: object) -> None:
         self._stop.set()
         if is_writer():
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if self.path.read_text() == self._text:
+                    self.path.unlink()
             if self._is_new and not storage.is_remote(self.path):
                 with contextlib.suppress(OSError):  # something was made in it
                     self.path.parent.rmdir()

@@ -66,10 +66,21 @@ def run(data: str, workdir: str) -> list[Finding]:
             # A user's errors say what there is to do.
             kind = "" if type(error).__module__.startswith("videomae_jax") else f"{type(error).__name__}: "
             found = [Finding(name, "fix", kind + " ".join(str(error).split())[:300])]
-        for finding in found if hosts.is_writer() else ():
-            print(f"{finding.status:8} {finding.check:12} {finding.text}", flush=True)
-        findings += found
+        for finding in _of_all_hosts(found):
+            if hosts.is_writer():
+                print(f"{finding.status:8} {finding.check:12} {finding.text}", flush=True)
+            findings.append(finding)
     return findings
+
+
+def _of_all_hosts(found: list[Finding]) -> list[Finding]:
+    """The findings of host 0, and what is wrong on others; the same on every host, all of which ask."""
+    return [
+        Finding(**fields) if not host else Finding(**fields | {"text": f"host {host}: {fields['text']}"})
+        for host, each in enumerate(hosts.gather([vars(finding) for finding in found]))
+        for fields in each
+        if not host or fields["status"] != "ok"
+    ]
 
 
 def _versions() -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
+from concurrent import futures
 
 from etils import epath
 
@@ -17,6 +18,7 @@ from videomae_jax.data.sources import Record, Source
 from videomae_jax.storage import Place
 
 SPLITS = ("train", "validation", "test")
+_ASKED_AT_ONCE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +60,13 @@ class Named:
 
 
 def stamp(path: str) -> list[list[int]]:
-    """Size and time of a file, or of a folder and what it holds; nothing in a store, or where nothing is."""
+    """Size and time of a file, or of a folder and what it holds; of a folder in a store, nothing."""
     if storage.is_remote(path):
-        return []
+        place = epath.Path(path)
+        if not place.is_file():
+            return []
+        stat = place.stat()
+        return [[stat.length, int(stat.mtime or 0)]]
     inside = sorted(entry.path for entry in os.scandir(path)) if os.path.isdir(path) else []
     stats = [os.stat(place) for place in (path, *inside) if os.path.exists(place)]
     return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
@@ -70,7 +76,9 @@ def stamps(source: Source) -> list[list[list[int]]]:
     """`stamp` of every file of a source, or of its folder where it is prepared."""
     if not isinstance(source, sources.VideoSource):
         return [stamp(str(source.root))]
-    return [stamp(str(sources.join(source.root, name))) for name in source.ids]
+    paths = [str(sources.join(source.root, name)) for name in source.ids]
+    with futures.ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:  # a store answers after 10 to 50 ms
+        return list(pool.map(stamp, paths))
 
 
 def find(paths: Sequence[str], split: str) -> list[Named]:

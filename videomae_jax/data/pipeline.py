@@ -21,6 +21,7 @@ from videomae_jax.data.sources import Record, Source
 
 HOST_ONLY = ("record", "error", "num_frames")
 """Fields of a batch that stay on the host: which videos, why one could not be decoded, how long it is."""
+UNREAD = -1  # `num_frames` of a video that could not even be read, and may be another time
 
 
 @runtime_checkable
@@ -282,7 +283,7 @@ def clips_of(
             if not error:
                 num_frames, made = reading.patiently(read)
         except decode.DecodeError as reason:
-            error = str(reason)
+            error, num_frames = str(reason), UNREAD if isinstance(reason, decode.ReadError) else 0
     return {
         "video": np.zeros(shape, np.uint8) if made is None else made,
         "index": np.uint32(index),

@@ -369,20 +369,29 @@ def _forget(job: Job, failed: list[dict[str, Any]], final_too: bool = False) -> 
             job.report(shard).unlink(missing_ok=True)
 
 
-def finished(job: Job, retry_failed: bool = False) -> dict[str, Any] | None:
+def finished(job: Job, retry_failed: bool = False, is_part: bool = False) -> dict[str, Any] | None:
     """The manifest of a folder that needs no more work.
 
     One whose videos could not all be read needs some: its shards with such videos are written again.
 
     Args:
         retry_failed: likewise for videos that could not be decoded.
+        is_part: others may be at work on it at the same time.
+
+    Raises:
+        PrepareError: it needs work that one process alone can begin.
     """
     if not prepared.is_prepared(job.folder):
         return None
     manifest = prepared.read_manifest(job.folder)
     # A folder of format 1 has no way to tell, nor is it written again by this version.
     failed = manifest["failed"] if manifest["format"] > 1 else []
-    if any(retry_failed or not failure["is_final"] for failure in failed):
+    again = sum(retry_failed or not failure["is_final"] for failure in failed)
+    if again and is_part:
+        raise PrepareError(
+            f"{job.folder} is finished but for {again} videos: leave out --part, one process tries them again"
+        )
+    if again:
         reports = {(shard.split, shard.number): {"rows": [], "failed": []} for shard in job.shards()}
         for row in prepared.read_rows(job.folder):
             reports[row["split"], int(row["shard"])]["rows"].append(_typed(row))
@@ -427,7 +436,7 @@ def run(
         PrepareError: see `claim`, `write` and `finish`.
     """
     claim(job)
-    manifest = finished(job, retry_failed)
+    manifest = finished(job, retry_failed, is_part=part[1] > 1)
     if manifest is not None:
         return manifest
     if retry_failed:  # also before the folder was ever finished

@@ -88,14 +88,14 @@ def write(folder: Place, params: Any, meta: dict[str, Any]) -> None:
         )
 
 
-def _is_whole(folder: Place) -> bool:
+def is_whole(folder: Place) -> bool:
     """Whether a folder holds all of an export or checkpoint; in stores a marker tells, written last."""
     return (folder / "meta" / "metadata").is_file() and ocp.utils.is_checkpoint_finalized(folder)
 
 
 def newest_step(folder: Place) -> int | None:
     """The newest of the whole checkpoints FOLDER/STEP; None without one."""
-    steps = [place for place in folder.glob("[0-9]*") if place.name.isdigit() and _is_whole(place)]
+    steps = [place for place in folder.glob("[0-9]*") if place.name.isdigit() and is_whole(place)]
     return max((int(place.name) for place in steps), default=None)
 
 
@@ -112,7 +112,7 @@ def find(path: str | os.PathLike) -> Place:
         step = newest_step(parent)
         if step is not None:
             return parent / str(step)
-    if not _is_whole(folder):
+    if not is_whole(folder):
         what = "holds no model" if folder.exists() else "is not there, so it holds no model"
         raise ExportError(
             f"{folder} {what}: pass an export, a checkpoint, the work folder of a run that has saved one, a "

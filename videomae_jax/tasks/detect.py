@@ -215,7 +215,7 @@ def evaluate(
             f"{path} knows {len(made.classes)} actions, {config.data.path} has {len(videos.test.classes)} or "
             f"others: use the classes.csv of its training"
         )
-    hosts.check_agreement(config, videos.test, workdir, checkpoint=path)
+    hosts.check_agreement(config, [videos.test], workdir, checkpoint=path)
     # The weights decide what they are; the settings, how large clips are and how they are computed.
     use = {name: getattr(task.model, name) for name in ("clip_size", "compute")}
     use["position_grid"] = backbone.trained_grid(config, made)
@@ -231,9 +231,10 @@ def evaluate(
                 f"warning: {path} was trained with {key}={recipe[name]} and is tested with {value}: "
                 f"--config.{key}={recipe[name]} tests it as it was trained"
             )
-    params: Any = nnx.to_pure_dict(nnx.state(weights.read(path, hints), nnx.Param))
+    params: Any = jax.device_get(nnx.to_pure_dict(nnx.state(weights.read(path, hints), nnx.Param)))
+    hosts.check_weights(params)
     tester = task.tester(config, videos.test, compute.make_mesh(config), tested_part(videos.test))
-    return detections.write(workdir, tester.run(jax.device_get(params)), config, path)
+    return detections.write(workdir, tester.run(params), config, path)
 
 
 def open_videos(config: Config) -> Splits:

@@ -190,7 +190,7 @@ class Tester:
         try:
             for batch, host_fields in ahead:
                 values, index, weight = jax.device_get(self._run(params, batch))
-                failed.update({source.ids[record]: reason for record, reason in feed.failed(host_fields)})
+                failed.update({source.ids[record]: reason for record, reason, _ in feed.failed(host_fields)})
                 for row in np.flatnonzero(weight > 0):
                     place = places[index[row]]
                     scores[place] = values[row][: len(self.source.scenes[place].corners)]

@@ -46,7 +46,7 @@ def run(
     except ValueError as error:
         raise UserError(str(error)) from None
     source, part = hosts.agreed(lambda: _source(config, made, path))
-    hosts.check_agreement(config, source, workdir, checkpoint=str(path))
+    hosts.check_agreement(config, [source], workdir, checkpoint=str(path))
     # The weights decide what they are; the settings, how large clips are and how they are computed.
     use = {name: getattr(planned.model, name) for name in ("clip_size", "position_resize", "compute")}
     use["position_grid"] = backbone.trained_grid(config, made)
@@ -59,8 +59,9 @@ def run(
     report.say(
         f"evaluate: {len(source)} videos, {views.segments} x {views.crops} views, {path}, {task.describe()}"
     )
-    params: Any = nnx.to_pure_dict(nnx.state(weights.read(path, hints), nnx.Param))
-    outputs = testing.Evaluator(task.outputs, source, views, config, mesh).run(jax.device_get(params))
+    params: Any = jax.device_get(nnx.to_pure_dict(nnx.state(weights.read(path, hints), nnx.Param)))
+    hosts.check_weights(params)
+    outputs = testing.Evaluator(task.outputs, source, views, config, mesh).run(params)
     allowed = config.evaluate.allow_failed
     result = classify.summarize(outputs, source, views, made.head, path, allowed) | {
         "checkpoint": str(path),

@@ -14,6 +14,7 @@ from videomae_jax import hosts, storage
 from videomae_jax.config import UserError
 from videomae_jax.interop import export
 from videomae_jax.storage import Place
+from videomae_jax.training import report
 from videomae_jax.training.step import TrainState
 
 
@@ -48,12 +49,16 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Starts to save `state`; a failure of the save before surfaces here.
+        """Starts to save `state`; says whether the save before failed, which may have been for a moment.
 
         Raises:
             UserError: the folder cannot be written.
         """
         step = int(state.step)
+        try:
+            self.wait()
+        except UserError as error:
+            report.say(f"warning: {error}; trying step {step} now")
         if step == self.latest_step:
             return
         try:
@@ -135,11 +140,31 @@ class Best:
 
     def __init__(self, workdir: Place, metric: str):
         self.folder, self.metric = storage.at(workdir) / "best", metric
+        self._partial = self.folder.with_name("best.partial")
         self.found: dict[str, Any] | None = None
 
     def restore(self, found: dict[str, Any] | None) -> None:
-        """Goes on from what a checkpoint stored."""
-        self.found = found
+        """Goes on from what a checkpoint stored, or from the weights that are there if they are better.
+
+        A run that was killed after its last checkpoint may have left such; computed again on other devices
+        they need not be. None are there that could be tested: what was found is found again.
+        """
+        kept = hosts.gather(self._kept() if hosts.is_writer() else {})[0]
+        value = kept.get(f"validation_{self.metric}", -math.inf)
+        self.found = found if kept else None
+        if value > (self.found or {self.metric: -math.inf})[self.metric]:
+            self.found = {"step": kept["step"], self.metric: value}
+
+    def _kept(self) -> dict[str, Any]:
+        """The validation of the weights that are there; ends a move that a kill interrupted."""
+        if not storage.is_remote(self.folder) and not export.is_whole(self.folder):
+            storage.remove_tree(self.folder)
+            if export.is_whole(self._partial):
+                self._partial.rename(self.folder)
+        try:
+            return export.read_metadata(self.folder)["validation"]
+        except export.ExportError:
+            return {}
 
     def look(self, step: int, validated: dict[str, float], params: Any, meta: dict[str, Any]) -> None:
         """Keeps `params` if validation after `step` is better than ever; the first of equals stays.
@@ -154,7 +179,7 @@ class Best:
             return
         self.found = {"step": step, self.metric: value}
         is_remote = storage.is_remote(self.folder)
-        new = self.folder / str(step) if is_remote else self.folder.with_name("best.partial")
+        new = self.folder / str(step) if is_remote else self._partial
         if hosts.is_writer():
             storage.remove_tree(new)
         hosts.wait("best, before")

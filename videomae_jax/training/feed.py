@@ -93,10 +93,10 @@ def _next(iterator: Iterator[dict[str, Any]]) -> dict[str, Any]:
         ) from None
 
 
-def failed(host_fields: dict[str, np.ndarray]) -> list[tuple[int, str]]:
-    """(place in the source, reason) of the clips of a host's batch that could not be decoded."""
-    rows = zip(host_fields["record"].tolist(), host_fields["error"], strict=True)
-    return [(record, str(error)) for record, error in rows if error]
+def failed(host_fields: dict[str, np.ndarray]) -> list[tuple[int, str, bool]]:
+    """(place in the source, reason, whether it will stay so) of the clips of a host's batch that are none."""
+    rows = zip(*(host_fields[name].tolist() for name in ("record", "error", "num_frames")), strict=True)
+    return [(record, error, frames != pipeline.UNREAD) for record, error, frames in rows if error]
 
 
 class TooManyBadVideos(UserError):
@@ -109,30 +109,38 @@ class BadVideos:
 
     Attributes:
         max_fraction: of the source's videos.
-        reasons: id -> why.
+        reasons: id -> why, of those that cannot be decoded.
+        unread: likewise, of those that could not be read in the present epoch; they may be back in the next.
     """
 
     source: Source
     max_fraction: float
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+    unread: dict[str, str] = dataclasses.field(default_factory=dict)
+    _epoch: int = 0
 
-    def count(self, failed: list[tuple[int, str]]) -> None:
-        """Takes in what failed in a batch.
+    def count(self, failed: list[tuple[int, str, bool]], epoch: int) -> None:
+        """Takes in what failed in a batch, see `failed`.
 
         Raises:
             TooManyBadVideos: of the source.
         """
-        for record, error in failed:
+        if epoch != self._epoch:
+            self.unread.clear()
+            self._epoch = epoch
+        for record, error, is_final in failed:
             video = self.source.ids[record]
-            if video in self.reasons:
+            if video in self.reasons or (video in self.unread and not is_final):
                 continue
-            self.reasons[video] = error
-            fraction = len(self.reasons) / len(self.source)
-            if fraction > self.max_fraction:
+            self.unread.pop(video, None)
+            (self.reasons if is_final else self.unread)[video] = error
+            count = len(self.reasons) + len(self.unread)
+            if count / len(self.source) > self.max_fraction:
+                mend = "remove or replace it" if is_final else "see that it can be, then run this again"
                 raise TooManyBadVideos(
-                    f"{len(self.reasons)} of {len(self.source)} videos cannot be decoded, the last is "
-                    f"{error}: remove or replace it, or allow more with --config.data.max_bad_fraction="
-                    f"{_round_up(fraction)} (now {self.max_fraction})"
+                    f"{count} of {len(self.source)} videos cannot be decoded or read, the last is {error}: "
+                    f"{mend}, or allow more with --config.data.max_bad_fraction="
+                    f"{_round_up(count / len(self.source))} (now {self.max_fraction})"
                 )
             report.say(f"bad video, trained without it: {error}")
 

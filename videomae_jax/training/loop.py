@@ -36,8 +36,8 @@ def run(config: Config, workdir: Place, started: float, make: Make) -> dict[str,
     with hosts.Interrupt() as interrupt, contextlib.ExitStack() as stack:
         mesh = compute.make_mesh(config)
         check_batch(config, mesh)
-        is_begun = export.newest_step(workdir / "checkpoints") is not None
-        weights = str(workdir) if is_begun else config.init_from
+        newest = export.newest_step(workdir / "checkpoints")
+        weights = config.init_from if newest is None else str(workdir)
         # Before any video is looked for or generated.
         planned = make(config, None, weights)
         check_parts(config, planned, mesh)
@@ -48,13 +48,16 @@ def run(config: Config, workdir: Place, started: float, make: Make) -> dict[str,
         videos = hosts.agreed(lambda: planned.open_videos(config))
         config = compute.settled_resize(config, videos.train, jax.default_backend())
         schedule = settings.make_schedule(config, len(videos.train))
-        hosts.check_agreement(config, videos.train, workdir, compute=vars(planned.model.compute))
+        parts = (videos.train, videos.validation, videos.test)
+        facts = {"compute": vars(planned.model.compute), "newest checkpoint": newest}
+        hosts.check_agreement(config, parts, workdir, **facts)
         _claim(workdir, config, videos.train)
         phases.end("data")
         task = make(config, videos.train, weights)
         this = Run(config, workdir, videos, schedule, mesh)
         _announce(this, task)
         state, last, is_over = trainer.Trainer(this, task, phases).train(interrupt)
+        interrupt.end()  # what follows can be done again
         # Nothing left to do but the end: speed and seconds stay those of the run itself.
         path = workdir / "summary.json"
         is_rerun = "first step" not in phases.seconds and path.exists()

@@ -114,7 +114,8 @@ class Trainer:
         fresh = recipe(self.config, self.task)
         if self.checkpoints.latest_step is None:
             state, shardings = step.init_state(fresh, self.run.mesh, self.config.seed)
-            values = self.task.start(self.config, names_of(state))
+            values = hosts.agreed(lambda: self.task.start(self.config, names_of(state)))
+            hosts.check_weights(values)
             return step.start_from(state, shardings, values, fresh), shardings
         abstract, shardings = step.abstract_state(fresh, self.run.mesh)
         state, meta = self.checkpoints.restore(abstract, shardings)
@@ -211,7 +212,7 @@ class Trainer:
         if values["clips"] < self.config.data.batch_size:  # some host had a bad video: all look, at once
             try:
                 for failed in hosts.gather(feed.failed(host_fields)):
-                    self.bad.count(failed)
+                    self.bad.count(failed, number // self.schedule.steps_per_epoch)
             except feed.TooManyBadVideos:
                 self._keep(state)
                 raise
@@ -232,14 +233,17 @@ class Trainer:
             self.checkpoints.wait()
 
     def _save(self, state: step.TrainState) -> None:
-        self.files.push(now=True)
+        try:
+            self.files.push(now=True)
+        except Exception as error:  # each store's client has its own; the state is worth more than its log
+            report.say(f"warning: the log cannot be written now ({type(error).__name__}: {error})")
         meta = {"bad_videos": self.bad.reasons, "best": self.validation.best.found}
         self.checkpoints.save(state, self.task.metadata() | meta)
 
     def _figures(self, state: step.TrainState) -> dict[str, Any]:
         figures = {
             "step": int(state.step),
-            "bad_videos": dict(sorted(self.bad.reasons.items())),
+            "bad_videos": dict(sorted((self.bad.reasons | self.bad.unread).items())),
             "absent_videos": list(self.run.videos.train.absent),
             "skipped_steps": self.guard.skipped,
         }
