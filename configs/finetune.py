@@ -18,22 +18,21 @@ Published rows (top-1 of the multi-view test; videos of a step, not clips, count
     data     size    videos  lr      epochs  clips  decay  drop path  dropout  views  hardware  top-1
     k400     small      384  5e-4       150      2   0.75        0.1        0    5x3  32 GPUs    79.0
     k400     base       384  5e-4        75      2   0.75        0.1        0    5x3  64 GPUs    81.5
-             pretrained=800
-                        512  1e-3       100      1   0.75        0.1        0    5x3  64 GPUs    80.0
+    k400     base*      512  1e-3       100      1   0.75        0.1        0    5x3  64 GPUs    80.0
     k400     large      128  2e-3        35      2   0.75        0.1        0    5x3  64 GPUs    85.2
     k400     huge       512  1e-3        50      2   0.75        0.2      0.5    5x3  64 GPUs    86.6
     ssv2     small      384  1e-3        40      2   0.70        0.1        0    2x3  32 GPUs    66.8
     ssv2     base       384  5e-4        30      2   0.75        0.1        0    2x3  64 GPUs    70.8
-             pretrained=800
-                        512  5e-4        50      1   0.75        0.1        0    2x3  64 GPUs    69.6
+    ssv2     base*      512  5e-4        50      1   0.75        0.1        0    2x3  64 GPUs    69.6
     ssv2     large      512  5e-4        30      2   0.75        0.2      0.5    2x3  paper's    74.3
     ucf101   base       128  5e-4       100      2   0.70        0.2      0.5    5x3   8 GPUs    91.3
     hmdb51   base       128  1e-3        50      2   0.70        0.2      0.5   10x3  paper's    62.6
 
-"paper's": no script was released, the row is from the paper's tables (HMDB51's dropout, which they do not
-tell, is UCF101's). Other pairs take the data set's views and the size's row of Kinetics-400. Where there is
-no part for validation (UCF101, HMDB51) a tenth of the training videos is held out for it: the published
-rows train on all of them, --config.data.held_out=0, and choose no weights by validation.
+*: pretrained=800, from 800 epochs of pretraining. "paper's": no script was released, the row is from the
+paper's tables (HMDB51's dropout, which they do not tell, is UCF101's). Other pairs take the data set's views
+and the size's row of Kinetics-400. Where there is no part for validation (UCF101, HMDB51) a tenth of the
+training videos is held out for it: the published rows train on all of them, --config.data.held_out=0, and
+choose no weights by validation.
 
 preset=small_data is for hundreds of videos of one's own: batches of 32 clips, the lower half of the blocks
 frozen, more dropout and drop path, early stopping, milder crops.

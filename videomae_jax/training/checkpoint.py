@@ -134,8 +134,7 @@ class Best:
     In a store, where folders cannot be renamed, it is WORKDIR/best/STEP: `export.find` takes the newest.
 
     Attributes:
-        found: {"step", "NAME"} of the best validation; None before the first. Checkpoints store it, so what
-            a killed run found after its last checkpoint is found again, and written again.
+        found: {"step", "NAME"} of the best validation; None before the first. Checkpoints store it.
     """
 
     def __init__(self, workdir: Place, metric: str):
@@ -149,6 +148,8 @@ class Best:
         A run that was killed after its last checkpoint may have left such; computed again on other devices
         they need not be. None are there that could be tested: what was found is found again.
         """
+        if not self.metric:
+            return
         kept = hosts.gather(self._kept() if hosts.is_writer() else {})[0]
         value = kept.get(f"validation_{self.metric}", -math.inf)
         self.found = found if kept else None
@@ -157,10 +158,10 @@ class Best:
 
     def _kept(self) -> dict[str, Any]:
         """The validation of the weights that are there; ends a move that a kill interrupted."""
-        if not storage.is_remote(self.folder) and not export.is_whole(self.folder):
+        is_half_moved = not export.is_whole(self.folder) and export.is_whole(self._partial)
+        if is_half_moved and not storage.is_remote(self.folder):
             storage.remove_tree(self.folder)
-            if export.is_whole(self._partial):
-                self._partial.rename(self.folder)
+            self._partial.rename(self.folder)
         try:
             return export.read_metadata(self.folder)["validation"]
         except export.ExportError:
