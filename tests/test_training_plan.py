@@ -129,6 +129,7 @@ def test_the_largest_batch_is_found_where_a_compiler_only_refuses(rows):
     assert plan.largest_batch(this, again) == 20
 
 
+@pytest.mark.slow
 def test_flags_of_the_compiler_make_another_program(cpus, monkeypatch, tmp_path):
     monkeypatch.setattr(storage, "cache", lambda: tmp_path)
     this = planned.prepare(load_config("debug", "task=pretrain"), table.make_task, cpus, 0, 2)

@@ -77,7 +77,7 @@ def test_the_loader_counts_the_squares_that_it_ships(debug_config, prepared_shap
         assert trainer.host_batch_bytes(run, task) == debug_config.data.batch_size * made[0].nbytes
 
 
-@pytest.mark.parametrize("task", ["pretrain", "contrast"])
+@pytest.mark.parametrize("task", ["pretrain", pytest.param("contrast", marks=pytest.mark.slow)])
 def test_a_run_from_before_there_was_a_choice_goes_on(shapes, tmp_path, task):
     """Of a method that resizes on the device where it can, and of one that never does."""
     debug_config = load_config("debug", f"data={shapes},task={task}")
