@@ -211,8 +211,10 @@ class Trainer:
         self.watchdog.beat()
         if values["clips"] < self.config.data.batch_size:  # some host had a bad video: all look, at once
             try:
+                step_videos = self.config.data.batch_size // self.task.clips_per_video
+                epoch = number * step_videos // len(self.run.videos.train)
                 for failed in hosts.gather(feed.failed(host_fields)):
-                    self.bad.count(failed, number // self.schedule.steps_per_epoch)
+                    self.bad.count(failed, epoch)
             except feed.TooManyBadVideos:
                 self._keep(state)
                 raise
